@@ -1,0 +1,1 @@
+from glocal.patterns import *
