@@ -161,6 +161,11 @@ class Pattern(ABC):
         shape = torch.broadcast_shapes(live.shape, (len(rows), math.prod(grid_k)))
         return live.expand(shape)
 
+    def lead(self, grid_q: Grid, grid_k: Grid) -> tuple[int, ...]:
+        """Leading dimensions of the mask, ``()``, ``(H,)`` or ``(B, H)``, from one row of it."""
+        row = self.rows(torch.arange(min(1, math.prod(grid_q)), device=self.device()), grid_q, grid_k)
+        return tuple(row.shape[:-2])
+
     def count(self, grid_q: int | Sequence[int], grid_k: int | Sequence[int] | None = None) -> int:
         """Live pairs, over all of ``lead``, without building the mask."""
         gq, gk = self.check(grid_q, grid_k)

@@ -95,6 +95,15 @@ class Spans:
         return live if self.step == 1 else live & ((j - lo) % self.step == 0)
 
 
+def pick(table: Tensor, index: Tensor, dims: int) -> Tensor:
+    """Entries of ``table (*lead, L)`` at ``index``, which has ``dims`` dimensions, or those after a lead of its own."""
+    if index.dim() == dims:
+        return table[..., index]
+    lead = torch.broadcast_shapes(table.shape[:-1], index.shape[:-dims])
+    flat = index.expand(*lead, *index.shape[-dims:]).flatten(-dims)
+    return table.expand(*lead, -1).gather(-1, flat).unflatten(-1, index.shape[-dims:])
+
+
 @dataclass(frozen=True, eq=False)
 class Blocks:
     """Key blocks listed for each query block: ``index (*lead, query blocks, n)``, -1 for none, sizes per axis."""
@@ -125,18 +134,29 @@ class Blocks:
             number = number * count + position // s
         return number
 
-    def chosen(self) -> Tensor:
-        """Booleans ``(*lead, query blocks, key blocks)``."""
-        table = torch.zeros(
-            (*self.index.shape[:-1], math.prod(self.key_blocks()) + 1), dtype=torch.bool, device=self.index.device
-        )
-        index = torch.where(self.index < 0, table.shape[-1] - 1, self.index)
-        return table.scatter(-1, index, True)[..., :-1]
+    def keys_of(self, rows: Tensor) -> Tensor:
+        """Flattened positions ``(*lead, t, n * block)`` of the keys listed for query blocks ``rows (t,)``, -1 for none."""
+        listed = self.index[..., rows, :]
+        again = torch.zeros_like(listed, dtype=torch.bool)  # a block listed twice counts once
+        for slot in range(1, listed.shape[-1]):
+            again[..., slot] = (listed[..., :slot] == listed[..., slot, None]).any(-1)
+        none = (listed < 0) | again
+        flat, inside = torch.zeros((), dtype=torch.long, device=rows.device), ~none[..., None]
+        corner = coordinates(listed.clamp(min=0), self.key_blocks())
+        for axis, (size, length) in enumerate(zip(self.key_size, self.grid_k, strict=True)):
+            own = corner[axis][..., None] * size + torch.arange(size, device=rows.device)
+            flat = (flat[..., None] * length + own[..., None, :]).flatten(-2) if axis else own
+            inside = (inside[..., None] & (own < length)[..., None, :]).flatten(-2)
+        return torch.where(inside, flat, -1).flatten(-2)
 
     def test(self, q: Tensor, k: Tensor) -> Tensor:
         """Element test on flattened positions ``q (..., Q)`` and ``k (..., K)``: ``(*lead, ..., Q, K)``."""
-        rows, columns = self.block_of(q, keys=False), self.block_of(k, keys=True)
-        return self.chosen()[..., rows.unsqueeze(-1), columns.unsqueeze(-2)]
+        listed = self.index[..., self.block_of(q, keys=False), :]
+        columns = self.block_of(k, keys=True).unsqueeze(-2)
+        live = torch.zeros((), dtype=torch.bool, device=k.device)
+        for slot in range(listed.shape[-1]):
+            live = live | (listed[..., slot, None] == columns)
+        return live
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,16 +214,18 @@ class Box:
         return [box for box in pieces if not box.empty()]
 
     def test(self, q: Tensor, k: Tensor, grid_q: Grid, grid_k: Grid) -> Tensor:
-        """Element test on flattened positions ``q (..., Q)`` and ``k (..., K)``: ``(*lead, ..., Q, K)``."""
+        """Element test on flattened positions ``q (..., Q)`` and ``k (..., K)``: ``(*lead, ..., Q, K)``.
+
+        Only ``k`` may have leading dimensions of its own.
+        """
         pairs = zip(self.axes, coordinates(q, grid_q), coordinates(k, grid_k), strict=True)
         tests = [spans.test(i, j) for spans, i, j in pairs]
         if self.rows is not None:
             tests.append(self.rows[..., q].unsqueeze(-1))
         if self.keys is not None:
-            tests.append(self.keys[..., k].unsqueeze(-2))
+            tests.append(pick(self.keys, k, q.dim()).unsqueeze(-2))
         if self.blocks is not None:
             tests.append(self.blocks.test(q, k))
-        # Leads differ in length, so broadcast against the right-hand dimensions of the tiles.
         live = tests[0]
         for test in tests[1:]:
             live = live & test

@@ -1,0 +1,16 @@
+"""The commands, gathered."""
+
+from __future__ import annotations
+
+import typer
+
+from glocal.cli import compare, papers, show
+
+app = typer.Typer(
+    help="Local-global attention: see patterns, compare them on a pretrained model, browse the catalogue.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("show")(show.show)
+app.command("compare")(compare.compare)
+app.command("papers")(papers.papers)

@@ -1,0 +1,73 @@
+"""The native CPU kernel as a backend: forward and backward in C++, driven by the box form (see ``native/``)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glocal.kernels import op
+from glocal.kernels.problem import Problem
+
+try:
+    from glocal.kernels import native
+except ImportError as error:  # the package without its native part
+    native = None  # type: ignore[assignment]
+    _missing: str = str(error)
+
+
+def why_not(problem: Problem) -> str | None:
+    """The reason why this kernel cannot run a problem, or None."""
+    if native is None:
+        return f"the native extension is not part of this build ({_missing})"
+    if problem.q.device.type != "cpu":
+        return f"it runs on a CPU, the tensors are on {problem.q.device.type}"
+    if (missing := native.available()) is not None:
+        return missing
+    if problem.dropout_p:
+        return "it has no dropout"
+    if problem.q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it computes in float32, the tensors are {problem.q.dtype}"
+    return op.no_boxes(problem)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, form: op.BoxForm, settings: op.Settings
+) -> tuple[Tensor, Tensor]:
+    return native.forward(q, k, v, form, settings.bias, settings.table, settings.scale, settings.softcap)
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    form: op.BoxForm,
+    settings: op.Settings,
+    out: Tensor,
+    lse: Tensor,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    return native.backward(
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        form,
+        settings.bias,
+        settings.table,
+        settings.scale,
+        settings.softcap,
+        out,
+        lse,
+        (True, True, True, *needs),
+    )
+
+
+_op = op.register("native", _forward, _backward)
+
+
+def run(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Attention by the native kernel."""
+    return _op(problem)
