@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +19,38 @@ from glocal.scores import Score
 __all__ = ["Explanation", "attend", "explain", "merge"]
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    where: Pattern | str = ...,
+    *,
+    bias: Tensor | Score | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    dropout_p: float = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    where: Pattern | str = ...,
+    *,
+    bias: Tensor | Score | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    dropout_p: float = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attend(
@@ -71,9 +104,15 @@ def attend(
     return out, lse.unflatten(2, q.shape[2:-1]) if q.dim() != 4 else lse
 
 
-def merge(
-    parts: Sequence[tuple[Tensor, Tensor]], *, return_lse: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
+@overload
+def merge(parts: Sequence[tuple[Tensor, Tensor]], *, return_lse: Literal[False] = ...) -> Tensor: ...
+
+
+@overload
+def merge(parts: Sequence[tuple[Tensor, Tensor]], *, return_lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]], *, return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Join attention over disjoint sets of keys into attention over all of them, exactly.
 
     Args:
@@ -155,11 +194,11 @@ def explain(
     spread = q.shape[0] * q.shape[1] // math.prod((1,) * (2 - len(lead)) + lead)
     pairs = problem.where.count(problem.grid_q, problem.grid_k) * spread
     full = q.shape[0] * q.shape[1] * problem.q.shape[2] * problem.k.shape[2]
-    moved = sum(t.numel() * t.element_size() for t in (q, k, v)) + q.numel() // max(1, q.shape[-1]) * v.shape[
-        -1
-    ] * q.element_size()
+    values = q.numel() + k.numel() + v.numel() + q.numel() // q.shape[-1] * v.shape[-1]
     flops = 2 * pairs * (q.shape[-1] + v.shape[-1])
-    return Explanation(*choice, live_pairs=pairs, share=pairs / full if full else 0.0, flops=flops, bytes=moved)
+    return Explanation(
+        *choice, live_pairs=pairs, share=pairs / full if full else 0.0, flops=flops, bytes=values * q.element_size()
+    )
 
 
 def _by_heads(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
@@ -241,7 +280,11 @@ def _problem(
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Grid, Grid]:
-    for name, t, layout in (("q", q, "(B, H, *grid_q, D)"), ("k", k, "(B, Hkv, *grid_k, D)"), ("v", v, "(B, Hkv, *grid_k, Dv)")):
+    for name, t, layout in (
+        ("q", q, "(B, H, *grid_q, D)"),
+        ("k", k, "(B, Hkv, *grid_k, D)"),
+        ("v", v, "(B, Hkv, *grid_k, Dv)"),
+    ):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor {layout}; it was {type(t).__name__}")
         if t.dtype not in _FLOATS:
@@ -261,9 +304,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Grid, Grid]:
     return tuple(q.shape[2:-1]), tuple(k.shape[2:-1])
 
 
-def _biases(
-    bias: Tensor | Score | None, q: Tensor, grid_q: Grid, grid_k: Grid
-) -> tuple[Tensor | None, Tensor | None]:
+def _biases(bias: Tensor | Score | None, q: Tensor, grid_q: Grid, grid_k: Grid) -> tuple[Tensor | None, Tensor | None]:
     """The bias as a tensor with four axes, or as a table over offsets."""
     if bias is None:
         return None, None

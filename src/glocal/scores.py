@@ -60,7 +60,8 @@ class RelativePosition(Score):
     def __post_init__(self) -> None:
         if self.values.dim() < 2 or any(n % 2 == 0 for n in self.values.shape[1:]):
             raise ValueError(
-                f"values of RelativePosition must be (H, 2 r + 1, ...), odd on every axis; it was {tuple(self.values.shape)}"
+                f"values of RelativePosition must be (H, 2 r + 1, ...), odd on every axis; "
+                f"it was {tuple(self.values.shape)}"
             )
 
     def table(self, grid_q: Grid, grid_k: Grid) -> Tensor:
@@ -87,8 +88,8 @@ class ALiBi(Score):
     Press et al., 2021, arXiv 2108.12409. ``ALiBi.of(num_heads)`` has the paper's slopes.
 
     >>> from glocal.scores import ALiBi
-    >>> ALiBi.of(2).dense((1,), (3,)).tolist()
-    [[[-0.125, -0.0625, 0.0]], [[-0.0078125, -0.00390625, 0.0]]]
+    >>> ALiBi.of(2).dense((1,), (3,))[:, 0, :2].tolist()
+    [[-0.125, -0.0625], [-0.0078125, -0.00390625]]
     """
 
     slopes: Tensor

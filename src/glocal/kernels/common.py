@@ -44,7 +44,7 @@ def weighted(weights: Tensor, live: Tensor, values: Tensor) -> Tensor:
 
 
 def offset_index(q: Tensor, k: Tensor, grid_q: Grid, grid_k: Grid) -> Tensor:
-    """Where the pairs of flattened positions ``q (..., Q)`` and ``k (..., K)`` find their bias in a table over offsets."""
+    """Where the pairs of flattened positions ``q (..., Q)``, ``k (..., K)`` find their bias in a table over offsets."""
     index = torch.zeros((1, 1), dtype=torch.long, device=q.device)
     axes = zip(coordinates(q, grid_q), coordinates(k, grid_k), grid_q, grid_k, strict=True)
     for i, j, queries, keys in axes:

@@ -5,20 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glocal.kernels import op
+from glocal.kernels import native, op
 from glocal.kernels.problem import Problem
-
-try:
-    from glocal.kernels import native
-except ImportError as error:  # the package without its native part
-    native = None  # type: ignore[assignment]
-    _missing: str = str(error)
+from glocal.patterns import BoxForm
 
 
 def why_not(problem: Problem) -> str | None:
     """The reason why this kernel cannot run a problem, or None."""
-    if native is None:
-        return f"the native extension is not part of this build ({_missing})"
     if problem.q.device.type != "cpu":
         return f"it runs on a CPU, the tensors are on {problem.q.device.type}"
     if (missing := native.available()) is not None:
@@ -30,9 +23,7 @@ def why_not(problem: Problem) -> str | None:
     return op.no_boxes(problem)
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, form: op.BoxForm, settings: op.Settings
-) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, form: BoxForm, settings: op.Settings) -> tuple[Tensor, Tensor]:
     return native.forward(q, k, v, form, settings.bias, settings.table, settings.scale, settings.softcap)
 
 
@@ -42,7 +33,7 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    form: op.BoxForm,
+    form: BoxForm,
     settings: op.Settings,
     out: Tensor,
     lse: Tensor,

@@ -34,4 +34,3 @@ def run(problem: Problem) -> tuple[Tensor, Tensor]:
         kept = keep(problem.seed.to(q.device), pair, problem.dropout_p)
         weights = torch.where(kept, weights / (1 - problem.dropout_p), 0)
     return weighted(weights, live, v).to(q.dtype), lse
-

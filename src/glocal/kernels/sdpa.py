@@ -112,7 +112,8 @@ class _View:
     def split(self, x: Tensor) -> Tensor:
         """``(b, h, t, Tq, ...)`` to ``(b, shared, t, group, Tq, ...)``; 1 stays 1."""
         heads = (1, 1) if x.shape[1] == 1 else (self.shared, self.heads // self.shared)
-        return x.unflatten(1, heads).transpose(2, 3)
+        parts: Tensor = x.unflatten(1, heads).transpose(2, 3)
+        return parts
 
     def join(self, x: Tensor) -> Tensor:
         """``(B, shared, t, group, Tq, ...)`` back to ``(B, H, t, Tq, ...)``."""
@@ -174,8 +175,7 @@ class _View:
     def scores(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Masked logits ``(B, shared, t, group, Tq, Tk)``, and the capped products before any bias."""
         settings = self.settings
-        raw = self.products(q * settings.scale, k)
-        raw = scores = common.cap(raw, settings.softcap)
+        raw = scores = common.cap(self.products(q * settings.scale, k), settings.softcap)
         if settings.bias is not None:
             bias = settings.bias
             scores = scores + self.split(_five(pick(bias.flatten(2), self.bias_index(bias), 3))).to(self.dtype)
@@ -185,7 +185,8 @@ class _View:
 
     def products(self, q: Tensor, k: Tensor) -> Tensor:
         """``q (B, shared, t, group, Tq, D)`` with ``k (B, shared, t, Tk, D)``: every pair of a tile."""
-        return (q.flatten(3, 4) @ k.transpose(-1, -2)).unflatten(3, q.shape[3:5])
+        pairs: Tensor = (q.flatten(3, 4) @ k.transpose(-1, -2)).unflatten(3, q.shape[3:5])
+        return pairs
 
     def kept(self, keys: int) -> Tensor:
         """What dropout keeps of the tile's pairs."""
@@ -218,9 +219,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, form: BoxForm, settings: op.Setting
         part_lse = view.join(part_lse).flatten(2, 3)
         rows = view.rows
         if number:
-            part, part_lse = common.merge(
-                [(out.index_select(2, rows), lse.index_select(2, rows)), (part, part_lse)]
-            )
+            part, part_lse = common.merge([(out.index_select(2, rows), lse.index_select(2, rows)), (part, part_lse)])
         real = tile.queries.flatten() >= 0
         if not real.all():
             part, part_lse, rows = part[:, :, real], part_lse[:, :, real], rows[real]
@@ -244,8 +243,10 @@ def backward(
     """Gradients by the same tiles; probabilities come again from ``lse``, so nothing of their size was stored."""
     dtype, bias, table = common.accumulator(q.dtype), settings.bias, settings.table
     dq, dk, dv = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q, k, v))
-    dbias = torch.zeros_like(bias, memory_format=torch.contiguous_format, dtype=dtype) if needs[0] and bias is not None else None
-    dtable = torch.zeros_like(table, memory_format=torch.contiguous_format, dtype=dtype) if needs[1] and table is not None else None
+    dbias, dtable = (
+        torch.zeros(t.shape, dtype=dtype, device=q.device) if t is not None and need else None
+        for t, need in zip((bias, table), needs, strict=True)
+    )
     # d(lse)/d(score) is the probability, as is the usual rowsum term: the two go together.
     inner = (grad_out.to(dtype) * out.to(dtype)).sum(-1) - torch.where(lse == -torch.inf, 0, grad_lse.to(dtype))
     for _, tile in _walk(form, q.device, q.shape[0] * q.shape[1]):
@@ -274,8 +275,9 @@ def backward(
         dscores = (dscores * settings.scale).flatten(3, 4)
         view.add_queries(dq, (dscores @ keys).unflatten(3, queries.shape[3:5]))
         view.add_keys(dk, dscores.transpose(-1, -2) @ queries.flatten(3, 4))
-    extra = (None if d is None else d.to(t.dtype) for d, t in ((dbias, bias), (dtable, table)) for t in [t])
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *extra  # type: ignore[return-value]
+    dbias = dbias.to(bias.dtype) if dbias is not None and bias is not None else None
+    dtable = dtable.to(table.dtype) if dtable is not None and table is not None else None
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias, dtable
 
 
 def _scatter(total: Tensor, index: Tensor, part: Tensor) -> None:

@@ -111,7 +111,10 @@ def _groups(box: Box, form: BoxForm) -> list[Group]:
         extent = tuple(min(_round(r.count), -(-k // r.step)) for r, k in zip(tile, form.grid_k, strict=True))
         # A range rounded up may start earlier, so that it ends inside the grid.
         first = [
-            max(r.first % r.step, min(r.first, r.first % r.step + ((k - 1 - r.first % r.step) // r.step + 1 - e) * r.step))
+            max(
+                r.first % r.step,
+                min(r.first, r.first % r.step + ((k - 1 - r.first % r.step) // r.step + 1 - e) * r.step),
+            )
             for r, e, k in zip(tile, extent, form.grid_k, strict=True)
         ]
         found.setdefault((extent, tuple(r.step for r in tile)), []).append((flat, first))

@@ -122,7 +122,7 @@ class Pattern(ABC):
     def spec(self, data: list[Tensor]) -> str:
         """The expression as text, with tensors appended to ``data`` and written ``$0``, ``$1``, ..."""
 
-    def _check(self, grid_q: Grid, grid_k: Grid) -> None:
+    def _check(self, grid_q: Grid, grid_k: Grid) -> None:  # noqa: B027, most patterns fit any grid
         """Raise a ValueError where the pattern does not fit the grids."""
 
     def children(self) -> tuple[Pattern, ...]:

@@ -101,7 +101,7 @@ def pick(table: Tensor, index: Tensor, dims: int) -> Tensor:
         return table[..., index]
     lead = torch.broadcast_shapes(table.shape[:-1], index.shape[:-dims])
     flat = index.expand(*lead, *index.shape[-dims:]).flatten(-dims)
-    return table.expand(*lead, -1).gather(-1, flat).unflatten(-1, index.shape[-dims:])
+    return table.expand(*lead, -1).gather(-1, flat).reshape(*lead, *index.shape[-dims:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +135,7 @@ class Blocks:
         return number
 
     def keys_of(self, rows: Tensor) -> Tensor:
-        """Flattened positions ``(*lead, t, n * block)`` of the keys listed for query blocks ``rows (t,)``, -1 for none."""
+        """Flattened positions ``(*lead, t, n * block)`` of the keys listed for query blocks ``rows``, -1 for none."""
         listed = self.index[..., rows, :]
         again = torch.zeros_like(listed, dtype=torch.bool)  # a block listed twice counts once
         for slot in range(1, listed.shape[-1]):
@@ -279,13 +279,13 @@ def _count_keys(spans: Spans, keys: Tensor, length: int) -> Tensor:
     """Live keys of each interval by running sums along every residue class of the step."""
     step = spans.step
     padded = torch.nn.functional.pad(keys.long(), (0, -length % step))
-    sums = padded.unflatten(-1, (-1, step)).cumsum(-2).flatten(-2)
+    sums = padded.reshape(*keys.shape[:-1], -1, step).cumsum(-2).flatten(-2)
     sums = torch.nn.functional.pad(sums, (step, 0))
     last, first = spans.hi - 1 + step, spans.lo
     lead = torch.broadcast_shapes(sums.shape[:-1], spans.lo.shape[:-1])
     sums = sums.expand(*lead, -1)
-    gather = lambda at: sums.gather(-1, at.clamp(0, sums.shape[-1] - 1).expand(*lead, -1))  # noqa: E731
-    return torch.where(spans.hi > spans.lo, gather(last) - gather(first), 0)
+    upper, lower = (sums.gather(-1, at.clamp(0, sums.shape[-1] - 1).expand(*lead, -1)) for at in (last, first))
+    return torch.where(spans.hi > spans.lo, upper - lower, 0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -86,7 +86,9 @@ class Selected(Pattern):
 
     def __post_init__(self) -> None:
         if not isinstance(self.blocks, Tensor) or self.blocks.is_floating_point() or self.blocks.dtype == torch.bool:
-            raise TypeError(f"blocks of Selected must be an integer tensor; it was {getattr(self.blocks, 'dtype', '?')}")
+            raise TypeError(
+                f"blocks of Selected must be an integer tensor; it was {getattr(self.blocks, 'dtype', '?')}"
+            )
         if not 2 <= self.blocks.dim() <= 4:
             raise ValueError(f"blocks of Selected must be (*lead, query blocks, n); it was {tuple(self.blocks.shape)}")
         object.__setattr__(self, "size", whole_axes(self.size, "size of Selected", 1))
@@ -103,7 +105,9 @@ class Selected(Pattern):
         table = self._table(grid_q, grid_k)
         queries, keys = math.prod(table.query_blocks()), math.prod(table.key_blocks())
         if self.blocks.shape[-2] != queries:
-            raise ValueError(f"blocks of Selected lists {self.blocks.shape[-2]} query blocks, grid {grid_q} has {queries}")
+            raise ValueError(
+                f"blocks of Selected lists {self.blocks.shape[-2]} query blocks, grid {grid_q} has {queries}"
+            )
         if self.blocks.numel() and not bool(((self.blocks >= -1) & (self.blocks < keys)).all()):
             raise ValueError(f"blocks of Selected must be numbers from -1 (none) to {keys - 1}")
 
@@ -160,8 +164,11 @@ class PerHead(Pattern):
         """Boxes of equal steps share one table with a row a head; the others are empty for the other heads."""
         count = len(self.heads)
         slots: list[tuple[tuple[int, ...], dict[int, Box]]] = []
+        lead: tuple[int, ...] = (count,)
         for h, pattern in enumerate(self.heads):
-            for box in pattern._boxes(grid_q, grid_k):
+            form = pattern._boxes(grid_q, grid_k)
+            lead = tuple(torch.broadcast_shapes(lead, form.lead))
+            for box in form:
                 steps = tuple(a.step for a in box.axes)
                 plain = box.rows is None and box.keys is None and box.blocks is None
                 free = [s for s in slots if s[0] == steps and h not in s[1]] if plain else []
@@ -169,7 +176,7 @@ class PerHead(Pattern):
                     free[0][1][h] = box
                 else:
                     slots.append((steps if plain else (), {h: box}))
-        return BoxForm.of(grid_q, grid_k, [self._join(found, count) for _, found in slots])
+        return BoxForm.of(grid_q, grid_k, [self._join(found, count) for _, found in slots], lead)
 
     @staticmethod
     def _join(found: dict[int, Box], heads: int) -> Box:

@@ -69,7 +69,8 @@ class Causal(Pattern):
         return live
 
     def _boxes(self, grid_q: Grid, grid_k: Grid) -> BoxForm:
-        boxes, own = [], []
+        boxes: list[Box] = []
+        own: list[Spans] = []
         for axis, (q, k) in enumerate(zip(grid_q, grid_k, strict=True)):
             p = positions(q, k)
             zero, last = torch.zeros_like(p), axis == len(grid_q) - 1
@@ -108,7 +109,8 @@ class Prefix(Pattern):
         if self.n >= math.prod(grid_k):
             return one_box(grid_q, grid_k, every_axis(grid_q, grid_k))
         # The digits of n in the grid's own number system: whole slices, then a part of the next one.
-        boxes, own = [], []
+        boxes: list[Box] = []
+        own: list[Spans] = []
         for axis, digit in enumerate(int(c) for c in coordinates(torch.tensor(self.n), grid_k)):
             rest = every_axis(grid_q[axis + 1 :], grid_k[axis + 1 :])
             boxes.append(Box((*own, constant(0, digit, grid_q[axis], grid_k[axis]), *rest)))

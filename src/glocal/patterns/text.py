@@ -1,8 +1,8 @@
-"""Reading a pattern back from its text. A small grammar, no evaluation of code.
+"""Reading a pattern back from its text. A small grammar, no evaluation of code::
 
-    expression := term ("|" term)*          term := factor ("&" factor)*
-    factor     := "~" factor | "(" expression ")" | name "(" arguments ")"
-    argument   := [name "="] (integer | true | false | tuple | list | "$" integer | expression)
+expression := term ("|" term)*          term := factor ("&" factor)*
+factor     := "~" factor | "(" expression ")" | name "(" arguments ")"
+argument   := [name "="] (integer | true | false | tuple | list | "$" integer | expression)
 """
 
 from __future__ import annotations

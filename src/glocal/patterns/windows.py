@@ -87,7 +87,9 @@ class Window(_Axes):
         for axis, (q, k) in enumerate(zip(grid_q, grid_k, strict=True)):
             size, dilation, stride, _ = self._settings(axis, rank)
             if size > k:
-                raise ValueError(f"size of Window is {size} on axis {axis}, larger than the grid's {k}; use at most {k}")
+                raise ValueError(
+                    f"size of Window is {size} on axis {axis}, larger than the grid's {k}; use at most {k}"
+                )
             if size * dilation > k:
                 raise ValueError(
                     f"dilation of Window is {dilation} on axis {axis}: {size} keys that far apart need "

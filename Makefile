@@ -1,0 +1,66 @@
+# Two commands on a fresh machine: `make demo` (the main job) and `make test` (everything that must hold).
+# Both make a virtual environment in .venv and install what they need into it.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+COUNT ?= 2000
+
+.PHONY: demo test check lint types layers unit bench fuzz format browser clean
+
+demo: $(VENV)/demo.done
+	$(BIN)/glocal compare --report report.html
+	@echo "The report is in report.html: open it in a browser."
+
+test: check unit
+
+check: lint types layers
+
+lint: $(VENV)/test.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/test.done
+	$(BIN)/mypy
+
+layers: $(VENV)/test.done
+	$(BIN)/lint-imports
+
+unit: $(VENV)/test.done browser
+	$(BIN)/python -m pytest
+
+format: $(VENV)/test.done
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/test.done
+	$(BIN)/python benchmarks/cpu_kernels.py
+
+# The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on COUNT random problems.
+fuzz:
+	$(MAKE) -C tests/sanitize COUNT=$(COUNT)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.done: $(VENV)/bin/python pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/glocal/kernels/native/*.[ch]*)
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt '.[demo]'
+	touch $@
+
+$(VENV)/test.done: $(VENV)/bin/python pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/glocal/kernels/native/*.[ch]*)
+	$(PIP) install -q -c constraints.txt torch setuptools wheel
+	$(PIP) install -q -c constraints.txt -e '.[test]'
+	$(PIP) install -q --no-build-isolation --no-deps natten==0.21.7 || echo "natten cannot be installed here; its conformance tests will be skipped"
+	touch $@
+
+# The report is read back in a real browser; where none can be installed, that test says so and is skipped.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null \
+	  || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
+	       && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; } \
+	  || echo "no chromium and no way to install it; the browser test will be skipped"
+
+clean:
+	rm -rf $(VENV) build dist report.html

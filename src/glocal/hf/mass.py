@@ -1,0 +1,120 @@
+"""How much of a model's full attention a pattern would keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glocal.hf.attention import installed, own_pattern, picker, refuse
+from glocal.patterns import Pattern
+
+__all__ = ["KeptMass", "recorded"]
+
+_BUDGET = 1 << 22  # probabilities held at a time
+
+
+class KeptMass:
+    """Probability of full attention that falls on the pairs a pattern allows, added up over queries."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._layers: dict[int, tuple[Tensor, int]] = {}
+
+    def add(self, layer: int, kept: Tensor, queries: int) -> None:
+        """Add sums ``kept (patterns, H)`` over ``queries`` queries of a layer."""
+        before = self._layers.get(layer)
+        self._layers[layer] = (kept, queries) if before is None else (before[0] + kept, before[1] + queries)
+
+    def share(self) -> Tensor:
+        """Mean over queries, ``(patterns, layers, H)`` in float64, layers in the order in which they ran.
+
+        Raises:
+            ValueError: the model has not run yet.
+        """
+        if not self._layers:
+            raise ValueError("no attention was recorded: run the model inside the with block")
+        return torch.stack([kept / max(1, queries) for kept, queries in self._layers.values()], dim=1)
+
+
+@contextmanager
+def recorded(model: nn.Module, patterns: Sequence[Pattern | str]) -> Iterator[KeptMass]:
+    """Run a model with its full attention and record what share of it each pattern would keep.
+
+    For each layer and head: the mean over queries of the softmax probability on the pairs that the pattern allows,
+    computed from full attention in chunks of queries, exactly; padding takes no part. The model's output is that of
+    full attention (causal where the model is).
+
+    Args:
+        model: as in `swapped`.
+        patterns: patterns or their text; one pass serves all of them.
+
+    Raises:
+        TypeError, ValueError: as in `swapped`.
+
+    Example::
+
+        with recorded(model, ["sliding(64, 64)", "block(64)"]) as kept:
+            model(**batch)
+        kept.share().mean((1, 2))  # one number a pattern
+    """
+    picks = [picker(model, p)(model) for p in patterns]
+    kept = KeptMass(len(picks))
+
+    def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+        out, sums, queries = _full(module, query, key, value, mask, picks, **options)
+        kept.add(id(module), sums, queries)
+        return out.transpose(1, 2).contiguous(), None
+
+    with installed(model, forward):
+        yield kept
+
+
+@torch.no_grad()
+def _full(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    patterns: Sequence[Pattern],
+    *,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, int]:
+    """Full attention ``(B, H, Nq, Dv)``, kept sums ``(patterns, H)`` and the number of real queries."""
+    refuse(options)
+    own, bias = own_pattern(module, query, key, mask, is_causal)
+    batch, heads, count, width = query.shape
+    grid_q, grid_k = own.check(count, key.shape[2])
+    key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
+    scale = width**-0.5 if scaling is None else scaling
+    real = torch.ones(batch, count, dtype=torch.bool, device=query.device)
+    if mask is not None and mask.dim() == 2:
+        real = mask[:, -count:].bool()
+    outs, sums = [], torch.zeros(len(patterns), heads, dtype=torch.float64, device=query.device)
+    for rows in torch.arange(count, device=query.device).split(max(1, _BUDGET // max(1, batch * heads * key.shape[2]))):
+        scores = (query[:, :, rows] @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        for added in (bias, position_bias):
+            if added is not None:
+                scores = scores + (added if added.shape[-2] == 1 else added[..., rows, :])
+        seen = own.rows(rows, grid_q, grid_k)
+        # A row with no key gives zeros, as everywhere in glocal.
+        probability = scores.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen.any(-1, keepdim=True), 0.0)
+        outs.append(probability.to(value.dtype) @ value)
+        weighted = probability * real[:, None, rows, None]
+        by_row = weighted.flatten(0, 1).transpose(0, 1)  # (n, B H, Nk)
+        for n, pattern in enumerate(patterns):
+            live = pattern.rows(rows, grid_q, grid_k).to(weighted.dtype)
+            # A pattern that all heads share is a product of matrices, one a query; a sum over a mask is far slower.
+            part = (by_row @ live[:, :, None]).unflatten(1, (batch, heads)) if live.dim() == 2 else None
+            sums[n] += ((weighted * live).sum(-1).double().sum((0, 2))) if part is None else part.double().sum((0, 1, 3))
+    return torch.cat(outs, 2), sums, int(real.sum())

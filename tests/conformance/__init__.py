@@ -1,0 +1,1 @@
+"""Peers: the same cases against every library that is installed."""
