@@ -88,7 +88,9 @@ def problems(draw):
 
 
 def check(backend, dtype, p):
-    q, k, v = inputs(p["seed"], p["grid_q"], p["grid_k"], p["kv_heads"], p["dim"], p["value_dim"], dtype, p["contiguous"])
+    q, k, v = inputs(
+        p["seed"], p["grid_q"], p["grid_k"], p["kv_heads"], p["dim"], p["value_dim"], dtype, p["contiguous"]
+    )
     nq, nk = math.prod(p["grid_q"]), math.prod(p["grid_k"])
     generator = torch.Generator().manual_seed(p["seed"] + 1)
     leaves, bias, dense_bias = [q, k, v], None, None
@@ -107,7 +109,9 @@ def check(backend, dtype, p):
     try:
         out, lse = glocal.attend(q, k, v, p["pattern"], bias=bias, return_lse=True, backend=backend, **options)
     except ValueError as reason:
-        assert "cannot run this" in str(reason) and "block" in str(reason), reason  # no box form: too many, or two lists
+        assert "cannot run this" in str(reason) and "block" in str(reason), (
+            reason
+        )  # no box form: too many, or two lists
         return
     mask = p["pattern"].mask(p["grid_q"], p["grid_k"])
     flat = [t.flatten(2, -2) for t in (q, k, v)]
@@ -120,9 +124,11 @@ def check(backend, dtype, p):
     assert error(out, want) <= 2 * error(honest, want) + unit
     seen = want_lse != -torch.inf
     assert torch.equal(lse != -torch.inf, seen)
-    assert error(lse[seen], want_lse[seen]) <= 64 * torch.finfo(torch.float32 if dtype != torch.float64 else dtype).eps * (
-        1 + want_lse[seen].abs().max().item() if seen.any() else 1
-    ) + (2 * unit if dtype in (torch.float16, torch.bfloat16) else 0)
+    assert error(lse[seen], want_lse[seen]) <= 64 * torch.finfo(
+        torch.float32 if dtype != torch.float64 else dtype
+    ).eps * (1 + want_lse[seen].abs().max().item() if seen.any() else 1) + (
+        2 * unit if dtype in (torch.float16, torch.bfloat16) else 0
+    )
     weight = torch.randn(want.shape, generator=generator, dtype=torch.float64)
     lse_weight = torch.randn(want_lse.shape, generator=generator, dtype=torch.float64) * seen
     got = grads(out, lse, weight, lse_weight, leaves)

@@ -61,7 +61,9 @@ def test_custom_scale_and_wide_values(backend):
 
 def mistral(window):
     """A tiny Mistral with random weights, as it stands."""
-    modeling = pytest.importorskip("transformers.models.mistral.modeling_mistral", reason="transformers is not installed")
+    modeling = pytest.importorskip(
+        "transformers.models.mistral.modeling_mistral", reason="transformers is not installed"
+    )
     torch.manual_seed(0)
     config = modeling.MistralConfig(
         vocab_size=32,
@@ -158,7 +160,9 @@ def swin(size, shift):
 
 
 @backends
-@pytest.mark.parametrize(("grid", "size", "shift"), [((6, 9), (3, 3), (1, 1)), ((4, 12), (2, 4), (1, 2)), ((6, 4), (3, 2), (2, 0))])
+@pytest.mark.parametrize(
+    ("grid", "size", "shift"), [((6, 9), (3, 3), (1, 1)), ((4, 12), (2, 4), (1, 2)), ((6, 4), (3, 2), (2, 0))]
+)
 def test_swin_shifted_windows(backend, grid, size, shift):
     # A window is larger than the shift of its blocks: every border of ours is a border of Swin's regions.
     check(backend, tensors_for(backend, grid), Block(size, shift), swin(size, shift))

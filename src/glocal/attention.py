@@ -15,17 +15,20 @@ from glocal.kernels import Problem, common
 from glocal.patterns import Full, Pattern, PerHead, parse
 from glocal.patterns.boxes import Grid
 from glocal.scores import Score
+from glocal.shapes import Float
 
 __all__ = ["Explanation", "attend", "explain", "merge"]
+
+Parts = Sequence[tuple[Float[Tensor, "*shape Dv"], Float[Tensor, "*shape"]]]
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @overload
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Float[Tensor, "B H *grid_q D"],
+    k: Float[Tensor, "B Hkv *grid_k D"],
+    v: Float[Tensor, "B Hkv *grid_k Dv"],
     where: Pattern | str = ...,
     *,
     bias: Tensor | Score | None = ...,
@@ -34,14 +37,14 @@ def attend(
     dropout_p: float = ...,
     return_lse: Literal[False] = ...,
     backend: str = ...,
-) -> Tensor: ...
+) -> Float[Tensor, "B H *grid_q Dv"]: ...
 
 
 @overload
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Float[Tensor, "B H *grid_q D"],
+    k: Float[Tensor, "B Hkv *grid_k D"],
+    v: Float[Tensor, "B Hkv *grid_k Dv"],
     where: Pattern | str = ...,
     *,
     bias: Tensor | Score | None = ...,
@@ -50,13 +53,13 @@ def attend(
     dropout_p: float = ...,
     return_lse: Literal[True],
     backend: str = ...,
-) -> tuple[Tensor, Tensor]: ...
+) -> tuple[Float[Tensor, "B H *grid_q Dv"], Float[Tensor, "B H *grid_q"]]: ...
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Float[Tensor, "B H *grid_q D"],
+    k: Float[Tensor, "B Hkv *grid_k D"],
+    v: Float[Tensor, "B Hkv *grid_k Dv"],
     where: Pattern | str = Full(),  # noqa: B008, an immutable value
     *,
     bias: Tensor | Score | None = None,
@@ -65,7 +68,7 @@ def attend(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Float[Tensor, "B H *grid_q Dv"] | tuple[Float[Tensor, "B H *grid_q Dv"], Float[Tensor, "B H *grid_q"]]:
     """Softmax attention of each query over exactly the keys that ``where`` gives it.
 
     Args:
@@ -105,14 +108,16 @@ def attend(
 
 
 @overload
-def merge(parts: Sequence[tuple[Tensor, Tensor]], *, return_lse: Literal[False] = ...) -> Tensor: ...
+def merge(parts: Parts, *, return_lse: Literal[False] = ...) -> Float[Tensor, "*shape Dv"]: ...
 
 
 @overload
-def merge(parts: Sequence[tuple[Tensor, Tensor]], *, return_lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
+def merge(parts: Parts, *, return_lse: Literal[True]) -> tuple[Float[Tensor, "*shape Dv"], Float[Tensor, "*shape"]]: ...
 
 
-def merge(parts: Sequence[tuple[Tensor, Tensor]], *, return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+def merge(
+    parts: Parts, *, return_lse: bool = False
+) -> Float[Tensor, "*shape Dv"] | tuple[Float[Tensor, "*shape Dv"], Float[Tensor, "*shape"]]:
     """Join attention over disjoint sets of keys into attention over all of them, exactly.
 
     Args:
@@ -166,9 +171,9 @@ class Explanation:
 
 
 def explain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Float[Tensor, "B H *grid_q D"],
+    k: Float[Tensor, "B Hkv *grid_k D"],
+    v: Float[Tensor, "B Hkv *grid_k Dv"],
     where: Pattern | str = Full(),  # noqa: B008
     *,
     bias: Tensor | Score | None = None,

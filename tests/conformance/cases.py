@@ -68,7 +68,9 @@ CASES = [
     _window("2d one causal axis", (5, 8), (3, 4), is_causal=(False, True)),
     _window("2d both causal, strided", (7, 6), (5, 3), stride=(2, 3), is_causal=(True, True)),
     _window("3d odd sizes, one causal axis", (6, 7, 5), (3, 4, 2), is_causal=(True, False, False)),
-    _window("3d everything", (5, 4, 6), (2, 4, 3), dilation=(2, 1, 2), stride=(2, 3, 1), is_causal=(False, True, False)),
+    _window(
+        "3d everything", (5, 4, 6), (2, 4, 3), dilation=(2, 1, 2), stride=(2, 3, 1), is_causal=(False, True, False)
+    ),
     Case("full", (11,), Full(), reach=(-1, -1)),
     Case("full cross", (7,), Full(), reach=(-1, -1), queries=(3,)),
     Case("causal", (13,), Causal(), reach=(-1, 0)),

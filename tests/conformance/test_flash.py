@@ -52,7 +52,9 @@ def row_by_row(reach):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("reach", "queries", "keys"), [((2, 0), 5, 9), ((-1, 0), 7, 4), ((3, 1), 8, 5), ((2, -1), 4, 6)])
+@pytest.mark.parametrize(
+    ("reach", "queries", "keys"), [((2, 0), 5, 9), ((-1, 0), 7, 4), ((3, 1), 8, 5), ((2, -1), 4, 6)]
+)
 def test_outputs(backend, reach, queries, keys):
     check(backend, inputs((queries,), (keys,)), from_flash(reach), row_by_row(reach))
 

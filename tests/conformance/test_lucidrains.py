@@ -54,7 +54,9 @@ LOCAL_DIFFERENCES = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "mistaken", "besides", "why"), LOCAL_DIFFERENCES, ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("settings", "mistaken", "besides", "why"), LOCAL_DIFFERENCES, ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_known_differences_of_local_attention(settings, mistaken, besides, why):
     extra = (seen_by(local(**settings), 16, 16) ^ mistaken.mask(16)).nonzero()
     assert set((extra[:, 0] - extra[:, 1]).tolist()) == besides, why

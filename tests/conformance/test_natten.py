@@ -49,7 +49,10 @@ def test_gradients():
     for place, tolerance in ((0, 0.02), (1, 0.02), (2, 1e-4)):
         step = 1.0 if place == 2 else 0.02
         moved = [
-            neighborhood(*(t + sign * step * s * (n == place) for n, (t, s) in enumerate(zip(tensors, steps, strict=True))), **window)
+            neighborhood(
+                *(t + sign * step * s * (n == place) for n, (t, s) in enumerate(zip(tensors, steps, strict=True))),
+                **window,
+            )
             for sign in (1, -1)
         ]
         slope = ((moved[0] - moved[1]).double() * weight).sum() / (2 * step)
@@ -70,7 +73,9 @@ DIFFERENCES = [
 ]
 
 
-@pytest.mark.parametrize(("window", "mistaken", "counts", "why"), DIFFERENCES, ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("window", "mistaken", "counts", "why"), DIFFERENCES, ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_known_differences(window, mistaken, counts, why):
     seen = seen_by(lambda q, k, v: neighborhood(q, k, v, **window), 8, 8)
     assert seen.sum(-1).tolist() == counts
@@ -86,7 +91,9 @@ def test_what_natten_refuses_and_we_allow():
     check("sdpa", (q, k, v), Window(1), lambda q, k, v: v + 0 * q + 0 * k)
 
 
-@pytest.mark.parametrize("window", [dict(kernel_size=9), dict(kernel_size=4, dilation=3), dict(kernel_size=3, stride=4)])
+@pytest.mark.parametrize(
+    "window", [dict(kernel_size=9), dict(kernel_size=4, dilation=3), dict(kernel_size=3, stride=4)]
+)
 def test_what_both_refuse(window):
     q, k, v = inputs((8,))
     with pytest.raises(Exception, match=r"(?i)kernel|dilation|stride|window"):

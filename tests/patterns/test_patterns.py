@@ -110,7 +110,10 @@ def test_each_pattern_against_loops():
         (Strided((2, 3)), lambda i, j: i[0] % 2 == j[0] % 2 and i[1] % 3 == j[1] % 3),
         (Prefix(8), lambda i, j: j < (1, 2)),
         (Tokens([7]), lambda i, j: (1, 1) in (i, j)),
-        (Window((3, 3)), lambda i, j: all(abs(b - min(max(a, 1), n - 2)) <= 1 for a, b, n in zip(i, j, grid, strict=True))),
+        (
+            Window((3, 3)),
+            lambda i, j: all(abs(b - min(max(a, 1), n - 2)) <= 1 for a, b, n in zip(i, j, grid, strict=True)),
+        ),
     ]
     for pattern, sees in cases:
         assert torch.equal(pattern.mask(grid), brute(grid, sees)), pattern
