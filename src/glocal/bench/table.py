@@ -32,12 +32,12 @@ def time(seconds: float) -> str:
 
 
 def size(count: int | None) -> str:
-    """Bytes in MiB.
+    """Bytes in MiB; below one, the operating system's count is too coarse for a number.
 
-    >>> size(3 << 20), size(None)
-    ('3.0 MiB', '-')
+    >>> size(3 << 20), size(1000), size(None)
+    ('3.0 MiB', '< 1 MiB', '-')
     """
-    return _NONE if count is None else f"{count / 2**20:,.1f} MiB"
+    return _NONE if count is None else f"{count / 2**20:,.1f} MiB" if count >= 1 << 20 else "< 1 MiB"
 
 
 def percent(share: float) -> str:
@@ -92,7 +92,7 @@ def cost_table(result: Comparison) -> Table:
         "share of all pairs at this length",
         f"one forward pass of attention, {result.heads} heads of {result.head_dim}, float32, median",
         "full attention's time over this pattern's: above 1 is faster",
-        "resident memory beyond the inputs, output included",
+        "resident memory beyond the inputs, output included, to about half a MiB",
         "the backend of glocal.attend; the reference is torch's own operator",
     )
     rows = []
@@ -136,5 +136,5 @@ def _speed(full: Cost, mine: Cost) -> str:
     ratio = times(full.seconds, mine.seconds) if faster else times(mine.seconds, full.seconds)
     return (
         f"At {mine.length:,} tokens its attention takes {time(mine.seconds)} where full attention takes "
-        f"{time(full.seconds)}: {ratio.removesuffix('x')} times {'faster' if faster else 'slower'}."
+        f"{time(full.seconds)}: {ratio.removesuffix('x')} times as {'fast' if faster else 'slow'}."
     )

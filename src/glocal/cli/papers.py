@@ -15,6 +15,7 @@ from glocal import papers as catalogue
 from glocal.cli.show import fail
 
 _WIDE = 10_000  # columns where nothing is to be cut: a pipe or a file
+_NARROW = 140  # columns under which a paper does not fit on a line
 
 
 def papers(
@@ -79,15 +80,17 @@ def summary(found: tuple[catalogue.Paper, ...]) -> str:
 
 
 def print_table(console: Console, found: tuple[catalogue.Paper, ...]) -> None:
-    """The papers, a line each; on a terminal too narrow for that, titles go on to a next line."""
-    piped = not console.is_terminal
+    """The papers, a line each; on a narrow terminal titles are folded, with the kinds under them."""
+    narrow = console.is_terminal and console.width < _NARROW
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("code", "key", "title", "kinds", "domain", "done"):
-        table.add_column(name, no_wrap=piped or name not in ("title", "kinds"), overflow="fold")
-    table.columns[3].max_width = None if piped else 18  # the title gets the room
+        if not (narrow and name == "kinds"):
+            table.add_column(name, no_wrap=not console.is_terminal or name not in ("title", "kinds"), overflow="fold")
     for paper in found:
-        cells = (paper.code, paper.key, paper.title, ", ".join(paper.kinds), paper.domain)
-        table.add_row(*map(Text, cells), Text("yes", style="green") if paper.done else Text("-", style="dim"))
+        kinds = Text(", ".join(paper.kinds))
+        title = [Text.assemble(paper.title, "\n", (kinds.plain, "dim"))] if narrow else [Text(paper.title), kinds]
+        done = Text("yes", style="green") if paper.done else Text("-", style="dim")
+        table.add_row(Text(paper.code), Text(paper.key), *title, Text(paper.domain), done)
     _print(console, table)
 
 

@@ -125,19 +125,19 @@ def _read_query(text: str, grid: tuple[int, ...]) -> tuple[int, ...]:
 def draw(console: Console, shown: View, known: Facts, assumed: str = "") -> None:
     """Print a view and its facts as wide as the console is, in colour where it has colour."""
     colour = console.color_system is not None and not console.no_color
-    console.print(Text.assemble((shown.expression, "bold"), ("   " + shown.where, SOFT)))
+    console.print(Text.assemble((shown.expression, "bold"), ("   " + shown.where, SOFT)), soft_wrap=False)
     last: list[list[Text]] = []
     for title, panels in shown.bands:
         _flow(console, last)
         console.print()
         if title:
-            console.print(Text(title, style="bold"))
+            console.print(Text(title, style="bold"), soft_wrap=False)
         last = [block(panel, colour) for panel in panels]
         if len(shown.grid_k) == 1:
             last = [[line for lines in last for line in lines]]
     _flow(console, [*last, _numbers(known, assumed)])
     for note in (_legend(shown, colour), *shown.notes):
-        console.print(Text(note, style=SOFT) if isinstance(note, str) else note)
+        console.print(Text(note, style=SOFT) if isinstance(note, str) else note, soft_wrap=False)
 
 
 def block(panel: Panel, colour: bool) -> list[Text]:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from glocal.attention import attend
 from glocal.patterns import Causal, Full, Keys, Pattern, parse
-from glocal.patterns import Where as Predicate
 
 __all__ = ["Pick", "attention", "installed", "own_pattern", "picker", "swapped"]
 
@@ -106,7 +105,7 @@ def attention(
         ``(B, Nq, H, Dv)``, and None for the weights, which are never built.
     """
     refuse(options)
-    own, bias = own_pattern(module, query, key, attention_mask, is_causal)
+    own, bias = own_pattern(module, query, attention_mask, is_causal)
     bias = bias if position_bias is None else position_bias if bias is None else bias + position_bias
     pattern = own if isinstance(where, Full) else where if isinstance(own, Full) else where & own
     out = attend(
@@ -132,9 +131,9 @@ def refuse(options: dict[str, Any]) -> None:
 
 
 def own_pattern(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None = None
+    module: nn.Module, query: Tensor, mask: Tensor | None, is_causal: bool | None = None
 ) -> tuple[Pattern, Tensor | None]:
-    """What the model itself lets a query see, padding and causality, and a bias where the mask is one of floats."""
+    """What the model itself lets a query see, padding and causality, and a bias where the mask is one of pairs."""
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else bool(is_causal)
     if mask is None:
         return (Causal() if causal else Full()), None
@@ -146,8 +145,7 @@ def own_pattern(
     # A mask of pairs has causality in it already, as transformers has it.
     if mask.dtype != torch.bool:
         return Full(), mask
-    shift = key.shape[2] - query.shape[2]
-    return Predicate(lambda q, k: mask[:, :, (q - shift).squeeze(1)][..., k.squeeze(0)]), None
+    return Full(), torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
 
 
 def picker(model: nn.Module, where: Any) -> Pick:

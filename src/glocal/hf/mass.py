@@ -14,7 +14,7 @@ from glocal.patterns import Pattern
 
 __all__ = ["KeptMass", "recorded"]
 
-_BUDGET = 1 << 22  # probabilities held at a time
+_BUDGET = 1 << 21  # probabilities held at a time
 
 
 class KeptMass:
@@ -90,7 +90,7 @@ def _full(
 ) -> tuple[Tensor, Tensor, int]:
     """Full attention ``(B, H, Nq, Dv)``, kept sums ``(patterns, H)`` and the number of real queries."""
     refuse(options)
-    own, bias = own_pattern(module, query, key, mask, is_causal)
+    own, bias = own_pattern(module, query, mask, is_causal)
     batch, heads, count, width = query.shape
     grid_q, grid_k = own.check(count, key.shape[2])
     key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
@@ -106,9 +106,9 @@ def _full(
         for added in (bias, position_bias):
             if added is not None:
                 scores = scores + (added if added.shape[-2] == 1 else added[..., rows, :])
-        seen = own.rows(rows, grid_q, grid_k)
+        scores = scores.masked_fill(~own.rows(rows, grid_q, grid_k), -torch.inf)
         # A row with no key gives zeros, as everywhere in glocal.
-        probability = scores.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen.any(-1, keepdim=True), 0.0)
+        probability = scores.softmax(-1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
         outs.append(probability.to(value.dtype) @ value)
         weighted = probability * real[:, None, rows, None]
         lives = [pattern.rows(rows, grid_q, grid_k) for pattern in patterns]

@@ -162,9 +162,8 @@ class Pattern(ABC):
         return live.expand(shape)
 
     def lead(self, grid_q: Grid, grid_k: Grid) -> tuple[int, ...]:
-        """Leading dimensions of the mask, ``()``, ``(H,)`` or ``(B, H)``, from one row of it."""
-        row = self.rows(torch.arange(min(1, math.prod(grid_q)), device=self.device()), grid_q, grid_k)
-        return tuple(row.shape[:-2])
+        """Leading dimensions of the mask: ``()``, ``(H,)`` or ``(B, H)``."""
+        return _lead(self, grid_q, grid_k) if self.data() else _cached_lead(self, grid_q, grid_k)
 
     def count(self, grid_q: int | Sequence[int], grid_k: int | Sequence[int] | None = None) -> int:
         """Live pairs, over all of ``lead``, without building the mask."""
@@ -230,6 +229,14 @@ class Pattern(ABC):
 
     def __hash__(self) -> int:
         return hash(self.spec([]))
+
+
+def _lead(pattern: Pattern, grid_q: Grid, grid_k: Grid) -> tuple[int, ...]:
+    first = torch.arange(min(1, math.prod(grid_q)), device=pattern.device())
+    return tuple(pattern.rows(first, grid_q, grid_k).shape[:-2])
+
+
+_cached_lead = lru_cache(maxsize=256)(_lead)
 
 
 @lru_cache(maxsize=256)

@@ -90,15 +90,16 @@ void decode(const Call& call) {
     for (int first = range.begin; first < range.end; first += STEP) {
       const int n = std::min(STEP, range.end - first);
       const float *krow[STEP], *vrow[STEP];
+      const float *next[STEP], *const *ahead_k = nullptr, *const *ahead_v = nullptr;
       int32_t key[STEP];
       for (int e = 0; e < n; ++e) key[e] = keys[work.place[first + e]];
       if (in_place) {
         for (int e = 0; e < n; ++e) krow[e] = kb + key[e] * call.k.row, vrow[e] = vb + key[e] * call.v.row;
-        // The next rows are on their way while these are worked on.
-        for (int e = 0; e < std::min(STEP, range.end - first - n); ++e) {
-          int64_t next = keys[work.place[first + n + e]];
-          for (int d = 0; d < dim; d += 16) __builtin_prefetch(kb + next * call.k.row + d);
-          for (int d = 0; d < width; d += 16) __builtin_prefetch(vb + next * call.v.row + d);
+        // While keys are worked on these values are fetched, and while values are, the next keys.
+        ahead_v = vrow;
+        if (range.end - first - n >= n) {
+          for (int e = 0; e < n; ++e) next[e] = kb + keys[work.place[first + n + e]] * call.k.row;
+          ahead_k = next;
         }
       } else {
         kernels.pack(kb, call.dtype, call.k.row, key, n, dim, kbuf, ldk, nullptr);
@@ -116,13 +117,15 @@ void decode(const Call& call) {
         for (int g = 0; g < heads; ++g) {
           const int r = g * nq + query;
           float s[STEP], alpha;
-          kernels.dots(&mine.q[(size_t)r * ldk], ks, live, dim, s);
+          kernels.dots(&mine.q[(size_t)r * ldk], ks, live, dim, s, ahead_v ? vs : nullptr, width);
+          ahead_v = nullptr;
           if (call.softcap > 0)
             for (int e = 0; e < live; ++e) s[e] = std::tanh(s[e]) * call.softcap * LOG2E;
           if (call.bias || call.table)
             for (int e = 0; e < live; ++e) s[e] += extra(call, places, b, h0 + g, query, seen[e]);
           kernels.softmax_row(s, live, m + r, l + r, &alpha);
-          kernels.weighted_row(s, vs, live, width, alpha, o + (size_t)r * ldv);
+          kernels.weighted_row(s, vs, live, width, alpha, o + (size_t)r * ldv, ahead_k, dim);
+          ahead_k = nullptr;
         }
       }
     }

@@ -348,9 +348,18 @@ inline void dot_block(const float* q, const float* const* rows, int dim, float* 
   }
 }
 
-void dots(const float* q, const float* const* rows, int n, int dim, float* s) {
+// Fetch a row that will be read soon, while other rows are worked on.
+inline void fetch(const float* row, int dim) {
+  for (int d = 0; d < dim; d += 16) __builtin_prefetch(row + d);
+}
+
+void dots(const float* q, const float* const* rows, int n, int dim, float* s, const float* const* ahead, int width) {
   int e = 0;
-  for (; e + 4 <= n; e += 4) dot_block<4>(q, rows + e, dim, s + e);
+  for (; e + 4 <= n; e += 4) {
+    if (ahead)
+      for (int i = 0; i < 4; ++i) fetch(ahead[e + i], width);
+    dot_block<4>(q, rows + e, dim, s + e);
+  }
   for (; e < n; ++e) dot_block<1>(q, rows + e, dim, s + e);
 }
 
@@ -379,21 +388,24 @@ void softmax_row(float* s, int n, float* m, float* l, float* alpha) {
 }
 
 template <int W>
-inline void weigh_row(const float* s, const float* const* rows, int n, int at, float alpha, float* o) {
+inline void weigh_row(const float* s, const float* const* rows, int n, int at, float alpha, float* o,
+                      const float* const* ahead, int dim) {
   vf acc[W];
   for (int w = 0; w < W; ++w) acc[w] = load(o + w * VL) * alpha;
   for (int e = 0; e < n; ++e) {
+    if (ahead) fetch(ahead[e], dim);
     vf y = splat(s[e]);
     for (int w = 0; w < W; ++w) acc[w] += y * load(rows[e] + at + w * VL);
   }
   for (int w = 0; w < W; ++w) store(o + w * VL, acc[w]);
 }
 
-void weighted_row(const float* s, const float* const* rows, int n, int dim, float alpha, float* o) {
+void weighted_row(const float* s, const float* const* rows, int n, int dim, float alpha, float* o,
+                  const float* const* ahead, int width) {
   int j = 0;
-  for (; j + 8 * VL <= dim; j += 8 * VL) weigh_row<8>(s, rows, n, j, alpha, o + j);
-  for (; j + 4 * VL <= dim; j += 4 * VL) weigh_row<4>(s, rows, n, j, alpha, o + j);
-  for (; j + VL <= dim; j += VL) weigh_row<1>(s, rows, n, j, alpha, o + j);
+  for (; j + 8 * VL <= dim; j += 8 * VL) weigh_row<8>(s, rows, n, j, alpha, o + j, j ? nullptr : ahead, width);
+  for (; j + 4 * VL <= dim; j += 4 * VL) weigh_row<4>(s, rows, n, j, alpha, o + j, j ? nullptr : ahead, width);
+  for (; j + VL <= dim; j += VL) weigh_row<1>(s, rows, n, j, alpha, o + j, nullptr, width);
   for (; j < dim; ++j) {
     float acc = o[j] * alpha;
     for (int e = 0; e < n; ++e) acc += s[e] * rows[e][j];

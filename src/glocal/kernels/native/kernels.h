@@ -51,10 +51,12 @@ struct Kernels {
   // dp *= 1 - t * t.
   void (*uncap)(float* dp, const float* t, int n);
 
-  // Decoding: s[entry] = q . A[entry]; rows are read in place.
-  void (*dots)(const float* q, const float* const* rows, int n, int dim, float* s);
+  // Decoding: s[entry] = q . A[entry]; rows are read in place. Rows of `ahead` (n of them, `width` long, or null) are
+  // fetched into the cache meanwhile.
+  void (*dots)(const float* q, const float* const* rows, int n, int dim, float* s, const float* const* ahead, int width);
   void (*softmax_row)(float* s, int n, float* m, float* l, float* alpha);
-  void (*weighted_row)(const float* s, const float* const* rows, int n, int dim, float alpha, float* o);
+  void (*weighted_row)(const float* s, const float* const* rows, int n, int dim, float alpha, float* o,
+                       const float* const* ahead, int width);
   // exp2 of an array, for tests.
   void (*exp2)(const float* x, float* y, int n);
 };

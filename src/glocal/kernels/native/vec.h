@@ -82,11 +82,19 @@ inline vf exp2(vf x) {
 }
 
 inline float sum(vf v) {
-  float s = 0;
-  for (int w = VL / 2; w >= 1; w /= 2)
-    for (int i = 0; i < w; ++i) v[i] += v[i + w];
-  s = v[0];
-  return s;
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__SSE2__)
+#if defined(__AVX2__)
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+#else
+  __m128 x = (__m128)v;
+#endif
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+#else
+  return (v[0] + v[1]) + (v[2] + v[3]);
+#endif
 }
 
 // tanh, relative error about 2 ulp: a polynomial near 0, else 1 - 2 / (e^2x + 1).

@@ -1,0 +1,107 @@
+"""The report as a browser shows it: its numbers are the terminal's, and it asks nobody for anything."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from glocal.bench.report import render
+from glocal.cli.app import app
+from tests.bench.test_bench import result
+from tests.cli.test_compare import SMALL
+
+EVIL = "<script>document.title='evil'</script><img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not chromium or not driver:
+        reason = "no chromium or chromedriver here (Debian: apt-get install chromium chromium-driver)"
+        print(reason)
+        pytest.skip(reason)
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    names = ["headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"]
+    names += ["disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('profile')}"]
+    for name in names:
+        options.add_argument(f"--{name}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    found = webdriver.Chrome(options=options, service=Service(driver))
+    yield found
+    found.quit()
+
+
+def visit(browser, path):
+    browser.get_log("performance"), browser.get_log("browser")
+    browser.get(path.as_uri())
+    events = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
+    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    return [url for url in asked if not url.startswith("data:")], browser.get_log("browser")
+
+
+def cells(browser, table):
+    script = "return [...document.querySelectorAll(arguments[0])].map(r => [...r.cells].map(c => c.innerText.trim()))"
+    return browser.execute_script(script, f"#{table} tr")
+
+
+def test_numbers_are_the_terminals(browser, tmp_path):
+    report, out = tmp_path / "report.html", tmp_path / "out.json"
+    done = CliRunner().invoke(app, [*SMALL, "--report", str(report), "--json", str(out)])
+    assert done.exit_code == 0, done.output
+    asked, complaints = visit(browser, report)
+    assert asked == [report.as_uri()] and complaints == []
+    data = json.loads(out.read_text())
+    printed = [[c.strip() for c in line.split("│")[1:-1]] for line in done.output.splitlines() if line.startswith("│")]
+    shown = []
+    for name, table in zip(("fidelity", "cost"), data["tables"], strict=True):
+        header, *rows = cells(browser, name)
+        assert header == table["header"] and rows == table["rows"]
+        shown += rows
+    assert shown == printed
+    # And the raw numbers are what the cells round.
+    for row, cell in zip(data["rows"], cells(browser, "fidelity")[1:], strict=True):
+        assert cell[0] == row["pattern"] and float(cell[3]) == round(row["cosine"], 4)
+        for text, key in zip((cell[1], cell[5], cell[6]), ("share", "nearest1", "nearest5"), strict=True):
+            assert float(text.strip("> %")) == pytest.approx(100 * row[key], abs=0.051)
+    assert browser.execute_script("return document.getElementById('headline').innerText") == data["headline"]
+
+
+def test_made_of_itself(browser, tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text(render(result()), encoding="utf-8")
+    assert not re.search(r"https?:|//[a-z]|@import|url\(|<script|<link(?! rel=\"icon\" href=\"data:,\")", path.read_text())
+    asked, complaints = visit(browser, path)
+    assert asked == [path.as_uri()] and complaints == []
+    images = browser.execute_script("return [...document.images].map(i => [i.alt, i.naturalWidth])")
+    assert len(images) == 4 and all(alt.startswith("Mask of ") and width > 0 for alt, width in images)
+    charts = browser.execute_script(
+        "return [...document.querySelectorAll('svg')].map(s => [s.getAttribute('aria-label'),"
+        " s.querySelectorAll('circle').length, s.querySelectorAll('polyline').length])"
+    )
+    assert [c[1:] for c in charts] == [[4, 0], [8, 4]] and all("block(64)" in c[0] for c in charts)
+    inside = "return [...document.querySelectorAll('svg text')].every(t => { const a = t.getBoundingClientRect(),"
+    inside += " b = t.ownerSVGElement.getBoundingClientRect(); return a.left >= b.left - 1 && a.right <= b.right + 1 })"
+    for width in (1100, 390):
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        assert browser.execute_script(inside), f"text outside its chart at {width} pixels"
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("field", ["model", "source"])
+def test_text_stays_text(browser, tmp_path, field):
+    path = tmp_path / "report.html"
+    path.write_text(render(dataclasses.replace(result(), **{field: EVIL})), encoding="utf-8")
+    asked, complaints = visit(browser, path)
+    assert asked == [path.as_uri()] and complaints == []
+    assert browser.execute_script("return document.scripts.length") == 0
+    assert browser.title != "evil" and EVIL in browser.execute_script("return document.body.innerText")

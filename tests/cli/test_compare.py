@@ -1,0 +1,91 @@
+"""``glocal compare`` from end to end, and its complaints."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from glocal.bench import Interrupted
+from glocal.cli import compare as command
+from glocal.cli.app import app
+
+runner = CliRunner()
+SMALL = ["compare", "--quick", "--passages", "4", "--lengths", "128,256", "--where", "sliding(64, 64) | tokens([0])"]
+
+
+def test_end_to_end(tmp_path):
+    out, report = tmp_path / "out.json", tmp_path / "report.html"
+    done = runner.invoke(app, [*SMALL, "--json", str(out), "--report", str(report), "--threads", "1"])
+    assert done.exit_code == 0, done.output
+    data = json.loads(out.read_text())
+    assert data["passages"] == 4 and data["threads"] == 1 and data["longest"] == 512
+    full, mine = data["rows"]
+    assert full["pattern"] == "full()" and full["cosine"] == pytest.approx(1) and full["nearest1"] == full["kept"] == 1
+    assert mine["pattern"] == "sliding(64, 64) | tokens([0])"
+    assert 0.5 < mine["worst"] <= mine["cosine"] < 0.9999 and mine["share"] < mine["kept"] < 1
+    assert [c["length"] for c in mine["cost"]] == [128, 256] and all(c["seconds"] > 0 for c in mine["cost"])
+    # Every cell of the JSON's tables is in the terminal's, row by row, and in the report.
+    lines = [[c.strip() for c in line.split("│")[1:-1]] for line in done.output.splitlines() if line.startswith("│")]
+    assert lines == [list(row) for table in data["tables"] for row in table["rows"]]
+    assert data["headline"] in done.output and len(report.read_text()) > 5000
+    assert list(tmp_path.iterdir()).sort() == [out, report].sort()
+
+
+def test_own_text(tmp_path):
+    path = tmp_path / "in.txt"
+    path.write_text("The first passage.\n\nThe second, which is longer.\n\nA third one.", encoding="utf-8")
+    done = runner.invoke(app, ["compare", "--input", str(path), "--where", "sliding(1, 1)", "--lengths", "64", "--quick"])
+    assert done.exit_code == 0, done.output
+    assert "keep their nearest neighbor" in done.output
+
+
+@pytest.mark.parametrize(
+    "arguments,word",
+    [
+        (["/nowhere"], "'/nowhere' is not a folder"),
+        (["--input", "/nowhere"], "input '/nowhere'"),
+        (["--where", "sliding(1"], "where 'sliding(1'"),
+        (["--where", "__import__('os')"], "where"),
+        (["--where", "(" * 10000], "where"),
+        (["--where", "window(600)", "--passages", "2"], "does not fit"),
+        (["--passages", "1"], "passages"),
+        (["--lengths", "12,x"], "--lengths"),
+        (["--lengths", "-5"], "lengths"),
+        (["--threads", "0"], "--threads"),
+        (["--report", "/nowhere/r.html"], "--report"),
+        (["--json", "/"], "--json"),
+    ],
+)
+def test_bad_arguments(arguments, word):
+    done = runner.invoke(app, ["compare", *arguments])
+    assert done.exit_code == 2 and done.stdout == ""
+    message = done.stderr.strip()
+    assert message.startswith("Error: ") and "\n" not in message and word in message and len(message) < 500
+
+
+def test_interrupted(monkeypatch, tmp_path):
+    from tests.bench.test_bench import result
+
+    def stop(*_):
+        raise Interrupted(result())
+
+    monkeypatch.setattr(command, "measure", stop)
+    report = tmp_path / "report.html"
+    report.write_text("older")
+    done = runner.invoke(app, ["compare", "--report", str(report)])
+    assert done.exit_code == 130 and "block(64)" in done.stdout and "Interrupted" in done.stderr
+    assert report.read_text() == "older"
+
+
+def test_writing_is_all_or_nothing(monkeypatch, tmp_path):
+    path = tmp_path / "report.html"
+    command._write(path, "new")
+    assert path.read_text() == "new"
+
+    def fail(*_):
+        raise OSError("no")
+
+    monkeypatch.setattr(command.os, "replace", fail)
+    with pytest.raises(OSError, match="no"):
+        command._write(path, "newer")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
