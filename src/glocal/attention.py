@@ -87,7 +87,7 @@ def attend(
     Returns:
         ``out (B, H, *grid_q, Dv)`` in the type of ``q``, or ``(out, lse)`` with ``lse (B, H, *grid_q)`` in float32
         (float64 for float64). A query that sees no key gives zeros and ``-inf``, and gives no gradient.
-        A NaN reaches only the queries that see its key.
+        A NaN reaches only the queries that see its key (FlexAttention spreads one in ``v`` further).
 
     Raises:
         TypeError: a tensor is not floating point, or the types differ.

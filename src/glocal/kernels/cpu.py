@@ -10,11 +10,17 @@ from glocal.kernels.problem import Problem
 from glocal.patterns import BoxForm
 
 
+@torch.compiler.assume_constant_result
+def _missing() -> str | None:
+    # The compiler cannot look into the extension, and its answer does not change.
+    return native.available()
+
+
 def why_not(problem: Problem) -> str | None:
     """The reason why this kernel cannot run a problem, or None."""
     if problem.q.device.type != "cpu":
         return f"it runs on a CPU, the tensors are on {problem.q.device.type}"
-    if (missing := native.available()) is not None:
+    if (missing := _missing()) is not None:
         return missing
     if problem.dropout_p:
         return "it has no dropout"

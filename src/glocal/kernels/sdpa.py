@@ -78,8 +78,8 @@ def _walk(form: BoxForm, device: torch.device, pairs_per_token: int) -> Iterator
             if group.blocks is not None:
                 width = group.blocks.index.shape[-1] * math.prod(group.blocks.key_size)
             axis = 1 if group.whole else 0
-            row = pairs_per_token * max(1, width) * (1 if group.whole else group.queries.shape[1])
-            count = max(1, _BUDGET // row)
+            row = pairs_per_token * width * (1 if group.whole else group.queries.shape[1])
+            count = max(1, _BUDGET // max(1, row))
             for start in range(0, group.queries.shape[axis], count):
                 part = slice(start, start + count)
                 if group.whole:

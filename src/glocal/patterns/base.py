@@ -155,7 +155,7 @@ class Pattern(ABC):
         return self.rows(torch.arange(math.prod(gq), device=self.device()), gq, gk)
 
     def rows(self, rows: Tensor, grid_q: Grid, grid_k: Grid) -> Tensor:
-        """Rows of the mask: ``(*lead, n, Nk)`` for flattened query indices ``rows (n,)``."""
+        """Rows of the mask: ``(*lead, n, Nk)`` for flattened query indices ``rows (n,)``, not checked."""
         at = Positions.of(grid_q, grid_k, rows)
         live = self._live(at)
         shape = torch.broadcast_shapes(live.shape, (len(rows), math.prod(grid_k)))

@@ -148,6 +148,11 @@ class PerHead(Pattern):
     def children(self) -> tuple[Pattern, ...]:
         return self.heads
 
+    def _check(self, grid_q: Grid, grid_k: Grid) -> None:
+        for inner in (node for pattern in self.heads for node in pattern.walk()):
+            if isinstance(inner, PerHead) and len(inner.heads) != len(self.heads):
+                raise ValueError(f"heads of PerHead are {len(self.heads)}, of a PerHead inside it {len(inner.heads)}")
+
     def spec(self, data: list[Tensor]) -> str:
         return f"per_head([{', '.join(p.spec(data) for p in self.heads)}])"
 

@@ -8,6 +8,7 @@ argument   := [name "="] (integer | true | false | tuple | list | "$" integer | 
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,7 +40,7 @@ NAMES: dict[str, Callable[..., Pattern]] = {
 MAX_LENGTH = 1 << 20
 MAX_DEPTH = 64
 
-_TOKEN = re.compile(r"\s*(?:(?P<int>-?\d{1,18})|(?P<name>[A-Za-z_]\w*)|\$(?P<data>\d{1,4})|(?P<sign>[()\[\],=|&~]))")
+_TOKEN = re.compile(r"\s*(?:(?P<int>-?[0-9]{1,18})|(?P<name>[A-Za-z_][A-Za-z_0-9]*)|\$(?P<data>[0-9]{1,4})|(?P<sign>[()\[\],=|&~]))")
 
 
 def parse(text: str, data: Sequence[Tensor] = ()) -> Pattern:
@@ -82,7 +83,7 @@ class _Reader:
         at = self.tokens[self.place][2] if at is None else at
         start = max(0, at - 30)
         shown = self.text[start : at + 30]
-        return ValueError(f"text is not a pattern: {what} at character {at}:\n  {shown}\n  {' ' * (at - start)}^")
+        return ValueError(f"text is not a pattern: {what} (character {at}):\n  {shown}\n  {' ' * (at - start)}^")
 
     def peek(self, sign: str) -> bool:
         kind, value, _ = self.tokens[self.place]
@@ -94,9 +95,9 @@ class _Reader:
             return True
         return False
 
-    def need(self, sign: str) -> None:
+    def need(self, sign: str, other: str = "") -> None:
         if not self.take(sign):
-            raise self.error(f"expected {sign!r}")
+            raise self.error(f"expected {sign!r}" + (f" or {other!r}" if other else ""))
 
     def whole(self) -> Pattern:
         pattern = self.expression()
@@ -141,19 +142,27 @@ class _Reader:
             near = difflib.get_close_matches(name.lower(), NAMES, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the patterns are {', '.join(NAMES)}"
             hint = "a predicate has no text" if name.lower() == "where" else hint
-            raise self.error(f"no pattern is called {name!r}; {hint};", at)
+            raise self.error(f"no pattern is called {name!r}; {hint}", at)
         self.need("(")
         args: list[Any] = []
         options: dict[str, Any] = {}
         while not self.take(")"):
             kind, word, _ = self.tokens[self.place]
             if kind == "name" and self.tokens[self.place + 1][1] == "=":
+                if word in options:
+                    raise self.error(f"{word} of {name} is given twice")
                 self.place += 2
                 options[word] = self.argument()
             else:
                 args.append(self.argument())
             if not self.peek(")"):
-                self.need(",")
+                self.need(",", ")")
+        parameters = inspect.signature(make)
+        try:
+            parameters.bind(*args, **options)
+        except TypeError as error:
+            takes = ", ".join(str(p.replace(annotation=p.empty)) for p in parameters.parameters.values())
+            raise self.error(f"{name} takes ({takes}): {error}", at) from None
         try:
             return make(*args, **options)
         except (TypeError, ValueError) as error:
@@ -192,6 +201,6 @@ class _Reader:
         while not self.take(close):
             found.append(self.argument())
             if not self.peek(close):
-                self.need(",")
+                self.need(",", close)
         self.depth -= 1
         return found

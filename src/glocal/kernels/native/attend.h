@@ -109,7 +109,9 @@ struct Panel {
 
   bool adjusted() const { return call.softcap > 0 || call.bias || call.table; }
   void lanes(int b, int h, const int32_t* queries, int n);
-  void scores(const float* panel, const float* k, const Work& work, int chunk, Range r, float* s, float* top, float* t);
+  // Keys are k + offset[entry].
+  void scores(const float* panel, const float* k, const int32_t* offset, const Work& work, int chunk, Range r, float* s,
+              float* top, float* t);
 };
 
 }  // namespace glocal

@@ -140,7 +140,7 @@ struct Pass {
         for (int g = 0; g < heads; ++g) {
           const size_t at = (size_t)g * panels + p;
           if (panel.adjusted()) panel.lanes(b, h0 + g, work.queries(p), lanes);
-          panel.scores(q + at * q_size, k, work, c, r, s, nullptr, t);
+          panel.scores(q + at * q_size, k, offset, work, c, r, s, nullptr, t);
           kernels.scores(grad + at * g_size, v, offset, nullptr, live, value_dim, dp, nullptr);
           kernels.gradient(s, dp, lse + at * lanes, delta + at * lanes, mask, live);
           if (sums.dbias || sums.dtable) add_scores(mine, work, c, p, r, dp, tile, first_tile, g, sums);

@@ -49,15 +49,15 @@ void Panel::lanes(int b, int h, const int32_t* queries, int n) {
   }
 }
 
-void Panel::scores(const float* panel, const float* k, const Work& work, int chunk, Range r, float* s, float* top,
-                   float* t) {
+void Panel::scores(const float* panel, const float* k, const int32_t* offset, const Work& work, int chunk, Range r,
+                   float* s, float* top, float* t) {
   const int n = r.end - r.begin;
   const uint32_t* mask = &work.mask[r.begin];
   if (!adjusted()) {
-    kernels.scores(panel, k, &work.offset[r.begin], mask, n, call.dim, s, top);
+    kernels.scores(panel, k, offset, mask, n, call.dim, s, top);
     return;
   }
-  kernels.scores(panel, k, &work.offset[r.begin], nullptr, n, call.dim, s, nullptr);
+  kernels.scores(panel, k, offset, nullptr, n, call.dim, s, nullptr);
   const int32_t* keys = work.chunk_keys(chunk);
   const int32_t* place = &work.place[r.begin];
   int at = 0;
@@ -104,7 +104,9 @@ struct Pass {
     const int lanes = kernels.lanes, dim = call.dim, width = padded(call.value_dim, kernels.vector);
     const int ld = row_length(std::max(dim, call.value_dim)), kv = h0 / call.group();
     const int chunk_keys = std::max(64, CHUNK * 80 / std::max(ld, 80));
-    work.prepare(form, tiling, tile, b, h0, chunk_keys, ld);
+    // Keys are only read one number at a time, so rows that lie close together serve where they are.
+    const bool in_place = call.dtype == F32 && call.k.row <= 2 * ld && form.nk * call.k.row < INT32_MAX;
+    work.prepare(form, tiling, tile, b, h0, chunk_keys, ld, in_place ? call.k.row : 0);
     const int panels = tiling.panels, all = panels * heads;
     float* rows = mine.rows.need((size_t)lanes * ld);
     float* qp = mine.panels.need((size_t)all * lanes * dim);
@@ -121,7 +123,8 @@ struct Pass {
                      nullptr);
         kernels.transpose(rows, ld, dim, query_factor(call), qp + (size_t)(g * panels + p) * lanes * dim);
       }
-    float* k = mine.k.need((size_t)chunk_keys * ld);
+    float* packed = in_place ? nullptr : mine.k.need((size_t)chunk_keys * ld);
+    const float* k = in_place ? (const float*)slice(call.k, call.dtype, b, kv) : packed;
     float* v = mine.v.need((size_t)(chunk_keys + 1) * ld);
     float* s = mine.s.need((size_t)chunk_keys * lanes);
     std::fill(v + (size_t)chunk_keys * ld, v + (size_t)(chunk_keys + 1) * ld, 0.0f);
@@ -130,7 +133,8 @@ struct Pass {
     for (int c = 0; c < work.chunks(); ++c) {
       const int32_t* keys = work.chunk_keys(c);
       const int n = work.chunk_size(c);
-      kernels.pack(slice(call.k, call.dtype, b, kv), call.dtype, call.k.row, keys, n, dim, k, ld, nullptr);
+      if (!in_place)
+        kernels.pack(slice(call.k, call.dtype, b, kv), call.dtype, call.k.row, keys, n, dim, packed, ld, nullptr);
       bool bad = kernels.pack(slice(call.v, call.dtype, b, kv), call.dtype, call.v.row, keys, n, call.value_dim, v, ld,
                               mine.bad.data());
       for (int p = 0; p < panels; ++p) {
@@ -141,7 +145,7 @@ struct Pass {
           float top[MAX_LANES], alpha[MAX_LANES];
           std::fill(top, top + lanes, -HUGE_VALF);
           if (panel.adjusted()) panel.lanes(b, h0 + g, work.queries(p), lanes);
-          panel.scores(qp + at * lanes * dim, k, work, c, r, s, top, nullptr);
+          panel.scores(qp + at * lanes * dim, k, in_place ? &work.in_place[r.begin] : &work.offset[r.begin], work, c, r, s, top, nullptr);
           kernels.softmax(s, r.end - r.begin, top, m + at * lanes, l + at * lanes, alpha);
           const int32_t* offset = &work.offset[r.begin];
           if (bad) offset = without_bad(mine, work, r, chunk_keys * ld);
@@ -192,7 +196,7 @@ void forward(const Call& call) {
   const Kernels& kernels = current();
   const int heads = form.by_head ? 1 : call.group(), units = call.batch * call.heads / heads;
   // Enough tasks for many threads, but never a choice that depends on how many there are.
-  int most = std::max(1, 8 / heads);
+  int most = std::max(1, 16 / heads);
   while (most > 1 && form.nq / (kernels.lanes * most) * units < 32) most /= 2;
   const Tiling& tiling = form.tiling(kernels.lanes, most);
   Places places;

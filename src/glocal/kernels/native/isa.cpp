@@ -75,50 +75,62 @@ inline void widen(const char* src, int dtype, int64_t at, int dim, float* out) {
   }
 }
 
+inline bool broken(const float* row, int padded) {
+  vf check{};
+  for (int d = 0; d < padded; d += VL) check += load(row + d) * 0.0f;
+  float total = sum(check);
+  return total != total;
+}
+
 bool pack(const void* src, int dtype, int64_t stride, const int32_t* index, int n, int dim, float* dst, int ld,
           uint8_t* bad) {
-  bool any = false;
+  const int padded = (dim + VL - 1) / VL * VL, whole = dim / VL * VL;
+  vf check[2] = {};  // becomes NaN with the first row that holds a NaN or an infinity
   for (int i = 0; i < n; ++i) {
     float* out = dst + (int64_t)i * ld;
     if (index[i] < 0) {
-      std::memset(out, 0, sizeof(float) * ld);
-      if (bad) bad[i] = 0;
+      std::memset(out, 0, sizeof(float) * padded);
       continue;
     }
-    int padded = (dim + VL - 1) / VL * VL;
-    const char* base = (const char*)src;
-    vf check{};
     if (dtype == F32) {
-      const float* in = (const float*)base + index[i] * stride;
+      const float* in = (const float*)src + index[i] * stride;
       int d = 0;
-      for (; d + VL <= dim; d += VL) {
-        vf v = load(in + d);
-        store(out + d, v);
-        check += v * 0.0f;
+      for (; d + 2 * VL <= whole; d += 2 * VL) {
+        vf x = load(in + d), y = load(in + d + VL);
+        store(out + d, x);
+        store(out + d + VL, y);
+        check[0] += x * 0.0f;
+        check[1] += y * 0.0f;
       }
-      if (d < dim) {
+      for (; d < whole; d += VL) {
+        vf x = load(in + d);
+        store(out + d, x);
+        check[0] += x * 0.0f;
+      }
+      if (whole < dim) {
         vf tail{};
-        std::memcpy(&tail, in + d, sizeof(float) * (dim - d));
-        store(out + d, tail);
-        check += tail * 0.0f;
+        std::memcpy(&tail, in + whole, sizeof(float) * (dim - whole));
+        store(out + whole, tail);
+        check[1] += tail * 0.0f;
       }
     } else {
-      widen(base, dtype, index[i] * stride, dim, out);
+      widen((const char*)src, dtype, index[i] * stride, dim, out);
       for (int d = dim; d < padded; ++d) out[d] = 0;
-      for (int d = 0; d < padded; d += VL) check += load(out + d) * 0.0f;
-    }
-    if (bad) {
-      float total = sum(check);
-      bad[i] = total != total;
-      any |= bad[i] != 0;
+      for (int d = 0; bad && d < padded; d += VL) check[0] += load(out + d) * 0.0f;
     }
   }
+  float total = sum(check[0] + check[1]);
+  const bool any = total != total;
+  for (int i = 0; bad && i < n; ++i) bad[i] = any && broken(dst + (int64_t)i * ld, padded);
   return any;
 }
 
 void unpack(const float* src, float factor, int dim, void* dst, int dtype) {
   if (dtype == F32) {
-    for (int d = 0; d < dim; ++d) ((float*)dst)[d] = src[d] * factor;
+    float* out = (float*)dst;
+    int d = 0;
+    for (; d + VL <= dim; d += VL) store(out + d, load(src + d) * factor);
+    for (; d < dim; ++d) out[d] = src[d] * factor;
   } else if (dtype == F16) {
     for (int d = 0; d < dim; ++d) ((uint16_t*)dst)[d] = float_to_half(src[d] * factor);
   } else {

@@ -14,7 +14,8 @@ struct Range {
 class Work {
  public:
   // Prepare a tile for the tables of batch b and head h; does nothing where it is the one prepared last.
-  void prepare(const Form& form, const Tiling& tiling, int tile, int b, int h, int chunk_keys, int ld);
+  void prepare(const Form& form, const Tiling& tiling, int tile, int b, int h, int chunk_keys, int ld,
+               int64_t key_stride = 0);
   void forget() { form_ = nullptr; }
 
   int chunks() const { return chunks_; }
@@ -30,6 +31,7 @@ class Work {
   std::vector<int32_t> keys;    // flattened, ascending
   std::vector<int32_t> place;   // of each entry, within its chunk
   std::vector<int32_t> offset;  // place * ld
+  std::vector<int32_t> in_place;  // key * key_stride, where that was given
   std::vector<uint32_t> mask;   // lanes that see the entry; lanes without a query count as seeing it
 
  private:
@@ -51,6 +53,7 @@ class Work {
   const Form* form_ = nullptr;
   const Tiling* tiling_ = nullptr;
   int tile_ = -1, b_ = 0, h_ = 0, ld_ = 0, wanted_ = 0, lanes_ = 0, blocks_ = 0, chunks_ = 0, size_ = 1;
+  int64_t key_stride_ = 0;
   bool product_ = false;
   AxisTile axis_[MAX_RANK];
   std::vector<Active> active_;
