@@ -116,7 +116,7 @@ def flex(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object] | 
         run()
         return run
     except Exception as error:
-        print(f"  flex left out: {str(error).splitlines()[0][:100]}", file=sys.stderr)
+        print(f"  flex left out: {' '.join(str(error).split())[:300]}", file=sys.stderr)
         return None
 
 
@@ -140,7 +140,7 @@ def natten(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object] 
     try:
         run()
     except Exception as error:
-        print(f"  natten left out: {str(error).splitlines()[0][:100]}", file=sys.stderr)
+        print(f"  natten left out: {' '.join(str(error).split())[:300]}", file=sys.stderr)
         return None
     return run
 
@@ -161,7 +161,7 @@ def library(case: Case, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Callab
     try:
         run()
     except Exception as error:
-        print(f"  {backend} left out: {str(error).splitlines()[0][:100]}", file=sys.stderr)
+        print(f"  attend {backend} left out: {' '.join(str(error).split())[:300]}", file=sys.stderr)
         return None
     return run
 
@@ -176,13 +176,9 @@ def runs(case: Case, peers: bool) -> tuple[dict[str, Callable[[], object]], tupl
     form, scale = case.pattern.boxes(grid_q, case.grid), case.dim**-0.5
     out, lse = native.forward(q, k, v, form, None, None, scale, 0.0)
     grad = torch.randn_like(out)
-    found: dict[str, Callable[[], object]] = {
-        "native": lambda: native.forward(q, k, v, form, None, None, scale, 0.0)
-    }
+    found: dict[str, Callable[[], object]] = {"native": lambda: native.forward(q, k, v, form, None, None, scale, 0.0)}
     if case.what == "train":
-        found["native backward"] = lambda: native.backward(
-            grad, None, q, k, v, form, None, None, scale, 0.0, out, lse
-        )
+        found["native backward"] = lambda: native.backward(grad, None, q, k, v, form, None, None, scale, 0.0, out, lse)
     if not peers:
         return found, (q, k, v)
     if case.what == "decode":
@@ -236,12 +232,14 @@ def measure(name: str, case: Case, rounds: int, peers: bool) -> list[tuple[str, 
     for key, found in times.items():
         t = median(found)
         # Backward does five products where forward does two.
-        work = live * q.shape[-1] * (10 if "backward" == key.split()[-1] and case.what == "train" else 4)
+        work = live * q.shape[-1] * (10 if key.split()[-1] == "backward" and case.what == "train" else 4)
         if "forward+backward" in key:
             work = live * q.shape[-1] * 14
         if case.what == "decode":
             work = live * case.dim * 2 * 4
-        rows.append((name, key, f"{t * 1e3:.2f}", f"{work / t / 1e9:.1f}", f"{work / t / rate:.1%}", f"{t / ours:.2f}x"))
+        rows.append(
+            (name, key, f"{t * 1e3:.2f}", f"{work / t / 1e9:.1f}", f"{work / t / rate:.1%}", f"{t / ours:.2f}x")
+        )
     rows.append((name, "copy rate" if case.what == "decode" else "matmul", "", f"{rate / 1e9:.1f}", "100%", ""))
     return rows
 
@@ -263,6 +261,12 @@ def growth() -> list[tuple[str, ...]]:
     return rows
 
 
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
 def memory() -> list[tuple[str, ...]]:
     """Peak memory that forward and backward add at N 65,536, window 256, over q, k, v and their gradients."""
     n, heads, dim = 65536, 8, 64
@@ -271,13 +275,15 @@ def memory() -> list[tuple[str, ...]]:
     warm = Sliding(255, 0).boxes(512, 512)
     small = [t[:, :, :512] for t in (q, k, v)]
     native.forward(*small, warm, None, None, 0.125, 0.0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident()
     out, lse = native.forward(q, k, v, form, None, None, 0.125, 0.0)
     kept = native.backward(grad, None, q, k, v, form, None, None, 0.125, 0.0, out, lse)
-    extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     size = 6 * q.numel() * 4
     assert kept[0].shape == q.shape
-    return [("memory", "peak extra", f"{extra / 2**20:.0f} MiB", "", "", f"{extra / size:.2f}x of q, k, v and gradients")]
+    return [
+        ("memory", "peak extra", f"{extra / 2**20:.0f} MiB", "", "", f"{extra / size:.2f}x of q, k, v and gradients")
+    ]
 
 
 def main() -> None:
@@ -292,27 +298,32 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(2)
     rounds = options.rounds or (3 if options.quick else 7)
-    rows: list[tuple[str, ...]] = []
+    head = ("case", "what", "ms", "GFLOP/s (GB/s)", "of machine", "over ours")
+    if not options.markdown:
+        print(
+            f"{native.isa()}, {torch.get_num_threads()} threads, float32; machine: matmul {MATRIX}, or copy for decode"
+        )
+
+    def show(rows: list[tuple[str, ...]]) -> None:
+        for row in rows:
+            if options.markdown:
+                print("| " + " | ".join(row) + " |", flush=True)
+            else:
+                print("".join(f"{cell:<31}" if i == 1 else f"{cell:<17}" for i, cell in enumerate(row)), flush=True)
+
+    show([head, ("---",) * len(head)] if options.markdown else [head])
     for name in [options.case] if options.case else [*CASES, "growth", "memory"]:
         if name == "growth":
-            rows += growth()
+            show(growth())
         elif name == "memory" and not options.case:
             # In a process of its own: peak memory never goes down again.
             command = [sys.executable, __file__, "--case", "memory", "--markdown"]
             found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-            rows.append(tuple(cell.strip() for cell in found.strip("| ").split("|")))
+            show([tuple(cell.strip() for cell in found.strip("| ").split("|"))])
         elif name == "memory":
-            rows += memory()
+            show(memory())
         else:
-            rows += measure(name, CASES[name], rounds * (5 if name == "decode" else 1), not options.quick)
-    head = ("case", "what", "ms", "GFLOP/s (GB/s)", "of machine", "over ours")
-    if not options.markdown:
-        print(f"{native.isa()}, {torch.get_num_threads()} threads, float32; machine rate: matmul {MATRIX}, or copy for decode")
-        for row in [head, *rows]:
-            print("".join(f"{cell:<31}" if i == 1 else f"{cell:<17}" for i, cell in enumerate(row)))
-        return
-    for row in [head, ("---",) * len(head), *rows]:
-        print("| " + " | ".join(row) + " |")
+            show(measure(name, CASES[name], rounds * (5 if name == "decode" else 1), not options.quick))
 
 
 if __name__ == "__main__":

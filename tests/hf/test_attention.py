@@ -2,8 +2,15 @@
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, BertConfig, BertModel, DynamicCache
-from transformers import MistralConfig, MistralModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    MistralConfig,
+    MistralModel,
+)
 
 from glocal import Full, Sliding
 from glocal.hf import attention, recorded, swapped
@@ -87,7 +94,7 @@ def test_pattern_means_what_it_says():
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("pad,left", [(0, False), (3, False), (3, True)])
-@pytest.mark.parametrize("window", [None, 1, 5, 64])
+@pytest.mark.parametrize("window", [None, 5, 64])
 def test_mistral_window_is_from_hf(implementation, pad, left, window):
     model, batch = mistral(window, implementation), tokens(pad=pad, left=left)
     theirs = states(model, batch)
@@ -101,11 +108,11 @@ def test_mistral_window_is_from_hf(implementation, pad, left, window):
 
 
 def test_decoding_with_a_cache():
-    model, batch = mistral(5), tokens(batch=2)
+    model, batch = mistral(5), tokens(batch=2, length=11)
     whole = states(model, batch)
     with swapped(model, from_hf(5)):
         cache, steps = DynamicCache(), []
-        for t in range(21):
+        for t in range(11):
             ids = batch["input_ids"][:, t : t + 1]
             with torch.no_grad():
                 steps.append(model(input_ids=ids, cache=cache, use_cache=True).last_hidden_state)
@@ -186,12 +193,13 @@ class Plain(torch.nn.Module):
 
 
 def test_core_against_the_oracle():
-    q, k, v = (torch.randn(2, h, n, 8, generator=torch.Generator().manual_seed(h + n)) for h, n in ((4, 5), (2, 9), (2, 9)))
+    q, k, v = (torch.randn(2, h, n, 8) for h, n in ((4, 5), (2, 9), (2, 9)))
     real = torch.ones(2, 9, dtype=torch.bool)
     real[1, :3] = False
     out, weights = attention(Plain(), q, k, v, real, where=Sliding(3, 3), scaling=0.3, softcap=2.0)
     assert weights is None and out.shape == (2, 5, 4, 8)
-    mask = (Sliding(3, 3).mask(5, 9) & (torch.arange(9) <= torch.arange(5)[:, None] + 4))[None, None] & real[:, None, None]
+    past = torch.arange(9) <= torch.arange(5)[:, None] + 4
+    mask = (Sliding(3, 3).mask(5, 9) & past)[None, None] & real[:, None, None]
     expected, _ = oracle.attend(q, k, v, mask, scale=0.3, softcap=2.0)
     assert torch.allclose(out.transpose(1, 2).double(), expected, atol=1e-5)
 

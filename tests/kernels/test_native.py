@@ -123,7 +123,9 @@ def check(pattern, grid_q, grid_k, *, dtype=torch.float32, kv=1, dims=(8, 8), ho
     truths = []
     for precise in (torch.float64, torch.float32):
         leaves = [t.detach().clone().requires_grad_() for t in inputs]
-        by_name = dict(zip([n for n, t in zip("qkvbt", (q, k, v, bias, table), strict=True) if t is not None], leaves, strict=True))
+        by_name = dict(
+            zip([n for n, t in zip("qkvbt", (q, k, v, bias, table), strict=True) if t is not None], leaves, strict=True)
+        )
         wide = [t.to(precise) for t in leaves]
         named = dict(zip(by_name, wide, strict=True))
         added = named.get("b")
@@ -134,7 +136,13 @@ def check(pattern, grid_q, grid_k, *, dtype=torch.float32, kv=1, dims=(8, 8), ho
         if grad_lse is not None:
             loss = loss + torch.where(z.isfinite(), z, 0).mul(grad_lse.to(precise)).sum()
         found = torch.autograd.grad(loss, wide, allow_unused=True)
-        truths.append((o.detach(), z.detach(), *(torch.zeros_like(w) if g is None else g for w, g in zip(wide, found, strict=True))))
+        truths.append(
+            (
+                o.detach(),
+                z.detach(),
+                *(torch.zeros_like(w) if g is None else g for w, g in zip(wide, found, strict=True)),
+            )
+        )
     exact, plain = truths
     mine = (out, lse, *(g for g in grads if g is not None))
     assert len(mine) == len(exact)
@@ -181,7 +189,10 @@ LARGER = [
     (Window((3, 5, 5)), (6, 11, 9)),
     (PerHead([Sliding(40, 0), Causal(), Window(21)]), (301,)),
     (Causal() & ~Sliding(20, 20), (260,)),
-    (Selected(torch.randint(-1, 10, (BATCH, HEADS, 20, 3), generator=torch.Generator().manual_seed(1)), 32, 16), (320,)),
+    (
+        Selected(torch.randint(-1, 10, (BATCH, HEADS, 20, 3), generator=torch.Generator().manual_seed(1)), 32, 16),
+        (320,),
+    ),
 ]
 
 
@@ -245,7 +256,9 @@ def test_nan_reaches_only_who_sees_it(poison, grid_q):
         (k if which == "k" else v)[:, :, 119] = poison
         out, lse = native.forward(q, k, v, form, None, None, 0.2, 0.0)
         sees = mask[:, 119]
-        assert torch.equal(out[:, :, ~sees], clean[:, :, ~sees]) and torch.equal(lse[:, :, ~sees], clean_lse[:, :, ~sees])
+        assert torch.equal(out[:, :, ~sees], clean[:, :, ~sees]) and torch.equal(
+            lse[:, :, ~sees], clean_lse[:, :, ~sees]
+        )
         assert not torch.isfinite(out[:, :, sees]).any()
         # Gradients: a query that does not see it, and a key that no such query sees, are as before.
         dq, dk, dv, _, _ = native.backward(grad, None, q, k, v, form, None, None, 0.2, 0.0, out, lse)
@@ -312,7 +325,9 @@ def test_padding_that_differs_in_a_batch_while_decoding():
 @pytest.mark.parametrize("isa", native.isas())
 def test_exp2_is_within_two_ulp(isa):
     native.select(isa)
-    x = torch.cat([torch.linspace(-126, 0, 2_000_001), torch.linspace(-1, 1, 1_000_001), torch.linspace(0, 126, 100_001)])
+    x = torch.cat(
+        [torch.linspace(-126, 0, 2_000_001), torch.linspace(-1, 1, 1_000_001), torch.linspace(0, 126, 100_001)]
+    )
     mine, exact = native.exp2(x).double(), torch.exp2(x.double())
     ulp = 2.0 ** (torch.floor(torch.log2(exact)) - 23)
     assert ((mine - exact).abs() / ulp).max() < 2
@@ -321,10 +336,14 @@ def test_exp2_is_within_two_ulp(isa):
 
 
 def test_instruction_set_by_environment():
-    code = "from glocal.kernels import native; print(native.isa() if native.available() is None else native.available())"
+    code = (
+        "from glocal.kernels import native; print(native.isa() if native.available() is None else native.available())"
+    )
 
     def run(isa):
-        done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "GLOCAL_ISA": isa}, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "GLOCAL_ISA": isa}, capture_output=True, text=True
+        )
         return done.stdout.strip().splitlines()[-1]
 
     for isa in native.isas():

@@ -173,7 +173,7 @@ def patterns_of(rungs: Sequence[str]) -> list[Pattern]:
         try:
             found[parse(rung)] = None
         except (ValueError, TypeError) as error:
-            raise ValueError(f"where {rung!r}: {error}") from None
+            raise ValueError(f"where {_short(rung)}: {_short(str(error), str)}") from None
     return list(found)
 
 
@@ -195,6 +195,10 @@ def agreement(reference: Tensor, other: Tensor, k: int) -> float:
     return float(same.sum()) / (k * len(reference))
 
 
+def _short(text: str, show: Callable[[str], str] = repr) -> str:
+    return show(text if len(text) <= 160 else text[:157] + "...")
+
+
 def _check(settings: Settings) -> None:
     if settings.passages is not None and settings.passages < 2:
         raise ValueError(f"passages must be at least 2, to have neighbors; it was {settings.passages}")
@@ -208,14 +212,12 @@ def _fits(where: Pattern, name: str, length: int, model: Encoder) -> None:
         grid, _ = where.check(length)
         lead = where.lead(grid, grid)
     except ValueError as error:
-        raise ValueError(f"where {name!r} does not fit {length} tokens: {error}") from None
+        raise ValueError(f"where {_short(name)} does not fit {length} tokens: {error}") from None
     if lead[-1:] not in ((), (1,), (model.heads,)):
-        raise ValueError(f"where {name!r} is made for {lead[-1]} heads; the model has {model.heads}")
+        raise ValueError(f"where {_short(name)} is made for {lead[-1]} heads; the model has {model.heads}")
 
 
-def _fidelity(
-    model: Encoder, parts: list[Batch], wheres: list[Pattern], count: int, step: Step
-) -> Iterator[Fidelity]:
+def _fidelity(model: Encoder, parts: list[Batch], wheres: list[Pattern], count: int, step: Step) -> Iterator[Fidelity]:
     """One row a pattern, as it is ready."""
     done, total = 0, len(parts) * (len(wheres) + 1)
 
@@ -233,7 +235,7 @@ def _fidelity(
     reference = all_of("full attention")
     with recorded(model.model, wheres[1:]) as mass:
         all_of("attention mass")
-    kept = [1.0] + mass.share().mean((1, 2)).tolist()
+    kept = [1.0, *mass.share().mean((1, 2)).tolist()]
     longest = max(ids.shape[1] for _, ids in parts)
     for where, share in zip(wheres, kept, strict=True):
         if isinstance(where, Full):

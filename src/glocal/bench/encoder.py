@@ -49,10 +49,13 @@ def load(source: str | Path | None = None) -> Encoder:
     if not (folder / "config.json").is_file():
         raise ValueError(f"model {str(folder)!r} has no config.json")
     if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"model {str(folder)!r} has no .safetensors weights (other formats can run code, and are refused)")
+        raise ValueError(
+            f"model {str(folder)!r} has no .safetensors weights (other formats can run code, and are refused)"
+        )
     from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils import logging as hf_logging
 
+    logging: Any = hf_logging
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     options = {"local_files_only": True, "trust_remote_code": False}

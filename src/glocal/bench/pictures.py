@@ -29,7 +29,7 @@ COLORS = (
     ("#3a8fb7", "#8fd3f4"),
     ("#a50f15", "#ff7b7b"),
 )
-_BLUE = bytes((11, 87, 194, 255))
+_BLUE = bytes((11, 87, 194))
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 390, 112, 24, 20, 68
 
 
@@ -115,20 +115,23 @@ def chart(x: Axis, y: Axis, series: Sequence[Series], alt: str, tip: Callable[[f
             parts.append(f'<polyline class="s{one.color}" points="{line}"/>')
         for (a, b), point in zip(places, one.points, strict=True):
             title = escape(f"{one.name}: {tip(*point)}")
-            parts.append(f'<circle class="f{one.color}" cx="{a:.1f}" cy="{b:.1f}" r="6"><title>{title}</title></circle>')
+            parts.append(
+                f'<circle class="f{one.color}" cx="{a:.1f}" cy="{b:.1f}" r="6"><title>{title}</title></circle>'
+            )
     return Markup("".join(parts) + "</svg>")  # every text in it went through escape
 
 
-def mask_png(pattern: Pattern, length: int, most: int = 176) -> str:
+def mask_png(pattern: Pattern, length: int, most: int = 128) -> str:
     """A pattern's mask over ``length`` tokens as a ``data:`` address of a PNG, at most ``most`` pixels a side.
 
-    A pixel is colored where any of its pairs is live; of a pattern with several heads, where any head's is.
+    A pixel is the darker the more of its pairs are live; of a pattern with several heads, in the mean over heads.
     """
-    mask = pattern.mask(length)
-    mask = mask.reshape(-1, length, length).any(0).float()
+    mask = pattern.mask(length).reshape(-1, length, length).float().mean(0)
     if length > most:
-        mask = torch.nn.functional.adaptive_max_pool2d(mask[None], most)[0]
-    rows = [b"\0" + b"".join(_BLUE if live else b"\0\0\0\0" for live in row) for row in mask.bool().tolist()]
+        mask = torch.nn.functional.adaptive_avg_pool2d(mask[None], most)[0]
+    # The root keeps a thin line, a class token's, in sight.
+    shades = (mask.sqrt() * 255).round().int().tolist()
+    rows = [b"\0" + b"".join(_BLUE + bytes((shade,)) for shade in row) for row in shades]
 
     def part(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from glocal.bench import pictures
 from glocal.bench.compare import Comparison
-from glocal.bench.table import best, cost_table, fidelity_table, headline, percent, time
+from glocal.bench.table import best, cost_table, fidelity_table, headline, percent, scaled, time
 from glocal.patterns import parse
 
 __all__ = ["render"]
@@ -76,5 +76,5 @@ def _curves(result: Comparison) -> Markup | None:
 
 
 def _tick(seconds: float) -> str:
-    value, unit = (seconds, "s") if seconds >= 1 else (seconds * 1e3, "ms") if seconds >= 1e-3 else (seconds * 1e6, "us")
+    value, unit = scaled(seconds)
     return f"{value:.3g} {unit}"

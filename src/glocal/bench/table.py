@@ -27,8 +27,15 @@ def time(seconds: float) -> str:
     >>> time(0.01234), time(2.5)
     ('12.3 ms', '2.50 s')
     """
-    value, unit = (seconds, "s") if seconds >= 1 else (seconds * 1e3, "ms") if seconds >= 1e-3 else (seconds * 1e6, "us")
+    value, unit = scaled(seconds)
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+
+
+def scaled(seconds: float) -> tuple[float, str]:
+    """Seconds as a number and the unit that suits it."""
+    if seconds >= 1:
+        return seconds, "s"
+    return (seconds * 1e3, "ms") if seconds >= 1e-3 else (seconds * 1e6, "us")
 
 
 def size(count: int | None) -> str:

@@ -30,7 +30,9 @@ def from_file(path: str | Path) -> list[str]:
         raise ValueError(f"input {str(path)!r} is not UTF-8 text") from None
     found = list(dict.fromkeys(p for p in (" ".join(part.split()) for part in re.split(r"\n\s*\n", text)) if p))
     if len(found) < 2:
-        raise ValueError(f"input {str(path)!r} needs two or more passages with a blank line between; it has {len(found)}")
+        raise ValueError(
+            f"input {str(path)!r} needs two or more passages with a blank line between; it has {len(found)}"
+        )
     return found
 
 
@@ -80,8 +82,8 @@ def documentation(source: str) -> list[str]:
     found: list[tuple[int, str]] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if text := ast.get_docstring(node):
-                found.append((node.body[0].lineno, text))
+            text = ast.get_docstring(node) or ""
+            found += [(node.body[0].lineno, text)] if text else []
     last = -1
     for token in tokens:
         if token.type == tokenize.COMMENT:
@@ -99,7 +101,7 @@ def documentation(source: str) -> list[str]:
 def _modules(root: Path) -> Iterator[Path]:
     """Public modules below a folder, in alphabetical order."""
     for path in sorted(root.iterdir(), key=lambda p: p.name):
-        if path.name in _SKIP or path.name.startswith(("_", "config-")) and path.name != "__init__.py":
+        if path.name in _SKIP or (path.name.startswith(("_", "config-")) and path.name != "__init__.py"):
             continue
         if path.is_dir():
             yield from _modules(path)

@@ -60,7 +60,7 @@ def swapped(
     """
     pick = picker(model, where)
 
-    def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+    def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         return attention(module, query, key, value, mask, where=pick(module), backend=backend, **options)
 
     with installed(model, forward):
@@ -157,7 +157,7 @@ def picker(model: nn.Module, where: Any) -> Pick:
         return lambda module: _pattern(where(module))
     if not isinstance(where, Sequence):
         raise TypeError(f"where must be a pattern, text, a list of them or a function; it was {type(where).__name__}")
-    several = [_pattern(w) for w in where]
+    several: list[Pattern] = [_pattern(w) for w in where]
     layers = getattr(getattr(model, "config", None), "num_hidden_layers", len(several))
     if len(several) != layers:
         raise ValueError(f"where lists {len(several)} patterns, the model has {layers} layers")
@@ -166,7 +166,7 @@ def picker(model: nn.Module, where: Any) -> Pick:
         index = getattr(module, "layer_idx", None)
         if index is None:
             raise ValueError(f"where is a list, but {type(module).__name__} does not know its layer; give a function")
-        return several[index]
+        return several[int(index)]
 
     return of_layer
 
@@ -211,7 +211,7 @@ def installed(model: nn.Module, forward: Forward) -> Iterator[None]:
 def _configs(model: nn.Module) -> list[Any]:
     """All configurations in a model, each once."""
     found: dict[int, Any] = {}
-    queue = [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "sub_configs")]
+    queue: list[Any] = [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "sub_configs")]
     while queue:
         config = queue.pop()
         if config is not None and id(config) not in found:

@@ -64,7 +64,7 @@ def recorded(model: nn.Module, patterns: Sequence[Pattern | str]) -> Iterator[Ke
     picks = [picker(model, p)(model) for p in patterns]
     kept = KeptMass(len(picks))
 
-    def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+    def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         out, sums, queries = _full(module, query, key, value, mask, picks, **options)
         kept.add(id(module), sums, queries)
         return out.transpose(1, 2).contiguous(), None

@@ -18,7 +18,7 @@ struct Scratch {
   Work work;
   Floats rows, q, grad, qrows, grows, dq, lse, delta, k, v, s, t, dp;
   Floats dk, dv, dbias, dtable;
-  std::vector<uint8_t> bad_k, bad_q, bad_g;
+  std::vector<uint8_t> bad_k, bad_q, bad_g, met;
   std::vector<int32_t> offset;
   std::vector<int64_t> to;
 };
@@ -61,10 +61,12 @@ struct Pass {
   const Places& places;
   int heads, ld, width_k, width_v, chunk_keys;
 
-  // Where a group adds up: rows of keys from bounds.begin on.
+  // Where a group adds up: rows of keys from keys.begin on. A row is zeroed when it is first met, so a few global
+  // or far apart keys do not cost a buffer that reaches to them.
   struct Sums {
     Bounds keys;
     float *dk, *dv, *dbias, *dtable;
+    uint8_t* met;
     int64_t bias_row;  // length of a row of dbias
     int64_t bias_head, table_head;
   };
@@ -128,6 +130,7 @@ struct Pass {
     for (int c = 0; c < work.chunks(); ++c) {
       const int32_t* keys = work.chunk_keys(c);
       const int n = work.chunk_size(c);
+      meet(sums, keys, n);
       bool bad = kernels.pack(slice(call.k, call.dtype, b, kv), call.dtype, call.k.row, keys, n, dim, k, ld,
                               mine.bad_k.data());
       kernels.pack(slice(call.v, call.dtype, b, kv), call.dtype, call.v.row, keys, n, value_dim, v, ld, nullptr);
@@ -174,6 +177,16 @@ struct Pass {
             kernels.unpack(dq + ((size_t)g * panels + p) * qrow_size + (size_t)lane * width_k, call.scale, dim,
                            row_of(grads.dq, call.dtype, b, h0 + g, query), call.dtype);
         }
+  }
+
+  void meet(const Sums& sums, const int32_t* keys, int n) const {
+    for (int i = 0; i < n; ++i) {
+      const int64_t row = keys[i] - sums.keys.begin;
+      if (sums.met[row]) continue;
+      sums.met[row] = 1;
+      std::fill_n(sums.dk + row * width_k, width_k, 0.0f);
+      std::fill_n(sums.dv + row * width_v, width_v, 0.0f);
+    }
   }
 
   // sum[key] += weights[entry] . rows. Rows with a NaN or infinity reach only the keys that their query sees.
@@ -308,11 +321,13 @@ void backward(const Call& call, const Gradients& grads) {
     const int64_t span = keys.end - keys.begin;
     const int64_t bias_rows = grads.dbias_stride[2] ? (int64_t)(last - first) * tiling.panels * kernels.lanes : 1;
     const int64_t bias_row = grads.dbias_stride[3] ? form.nk : 1;
-    Pass::Sums sums{keys, nullptr, nullptr, nullptr, nullptr, bias_row, 0, 0};
+    Pass::Sums sums{keys, nullptr, nullptr, nullptr, nullptr, nullptr, bias_row, 0, 0};
     std::exception_ptr error;
     try {
-      sums.dk = zeros(mine.dk, span * pass.width_k);
-      sums.dv = zeros(mine.dv, span * pass.width_v);
+      sums.dk = mine.dk.need(span * pass.width_k);
+      sums.dv = mine.dv.need(span * pass.width_v);
+      mine.met.assign(span, 0);
+      sums.met = mine.met.data();
       if (grads.dbias) {
         sums.bias_head = grads.dbias_stride[1] ? bias_rows * bias_row : 0;
         sums.dbias = zeros(mine.dbias, bias_rows * bias_row * (grads.dbias_stride[1] ? group : 1));
@@ -335,6 +350,7 @@ void backward(const Call& call, const Gradients& grads) {
       if (error) return;
       auto add = [&](const Array& to, const float* from, int width, int dim, float factor) {
         for (int64_t i = 0; i < span; ++i) {
+          if (!sums.met[i]) continue;
           float* row = (float*)row_of(to, F32, b, kv, keys.begin + i);
           for (int d = 0; d < dim; ++d) row[d] += from[i * width + d] * factor;
         }

@@ -97,7 +97,8 @@ struct Pass {
   const Places& places;
   int heads;  // query heads that share a tile: a whole group, unless heads differ in pattern
 
-  void tile(int tile, int b, int h0) const {
+  // `next` is the unit that this thread is likely to take after this one, or -1.
+  void tile(int tile, int b, int h0, int next) const {
     Scratch& mine = scratch();
     Work& work = mine.work;
     const Form& form = *call.form;
@@ -137,8 +138,13 @@ struct Pass {
         kernels.pack(slice(call.k, call.dtype, b, kv), call.dtype, call.k.row, keys, n, dim, packed, ld, nullptr);
       bool bad = kernels.pack(slice(call.v, call.dtype, b, kv), call.dtype, call.v.row, keys, n, call.value_dim, v, ld,
                               mine.bad.data());
+      const bool more = c + 1 < work.chunks();
       for (int p = 0; p < panels; ++p) {
         Range r = work.entries(c, p);
+        if (more)
+          fetch(work, c + 1, b, kv, p, panels);
+        else if (next >= 0)
+          fetch(work, 0, next / per(), next % per() * heads / call.group(), p, panels);
         if (r.begin == r.end) continue;
         for (int g = 0; g < heads; ++g) {
           size_t at = (size_t)g * panels + p;
@@ -166,6 +172,19 @@ struct Pass {
           call.lse[((int64_t)b * call.heads + h0 + g) * form.nq + query] =
               none ? -HUGE_VALF : (m[at] + std::log2(l[at])) * LN2;
         }
+  }
+
+  int per() const { return call.heads / heads; }
+
+  // Bring a part of the keys and values of a coming chunk near, while a panel is worked on.
+  void fetch(const Work& work, int chunk, int b, int kv, int part, int parts) const {
+    const int n = work.chunk_size(chunk), size = call.dtype == F32 ? 4 : 2;
+    const int32_t* keys = work.chunk_keys(chunk);
+    const char *k = (const char*)slice(call.k, call.dtype, b, kv), *v = (const char*)slice(call.v, call.dtype, b, kv);
+    for (int i = n * part / parts; i < n * (part + 1) / parts; ++i) {
+      for (int d = 0; d < call.dim * size; d += 64) __builtin_prefetch(k + keys[i] * call.k.row * size + d);
+      for (int d = 0; d < call.value_dim * size; d += 64) __builtin_prefetch(v + keys[i] * call.v.row * size + d);
+    }
   }
 
   // A row with a NaN or infinity must not meet the zero probability of a masked lane: it is replaced by zeros here
@@ -204,8 +223,9 @@ void forward(const Call& call) {
   Pass pass{call, kernels, tiling, places, heads};
   // Neighbouring tasks are heads of one tile: they share its lists. Causal tiles grow, so the last ones go first.
   parallel(call.threads, tiling.tiles * units, std::min(units, 4), [&](int task) {
-    int tile = tiling.tiles - 1 - task / units, unit = task % units, per = call.heads / heads;
-    pass.tile(tile, unit / per, unit % per * heads);
+    int tile = tiling.tiles - 1 - task / units, unit = task % units, per = pass.per();
+    bool same = !form.by_head && (!form.by_batch || (unit + 1) % per);
+    pass.tile(tile, unit / per, unit % per * heads, same && unit + 1 < units ? unit + 1 : -1);
   });
 }
 
