@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import typer
 
-from glocal.cli import compare, papers, show
+from glocal.cli.compare import compare
+from glocal.cli.papers import papers
+from glocal.cli.show import show
 
 app = typer.Typer(
     help="Local-global attention: see patterns, compare them on a pretrained model, browse the catalogue.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command("show")(show.show)
-app.command("compare")(compare.compare)
-app.command("papers")(papers.papers)
+app.command("show")(show)
+app.command("compare")(compare)
+app.command("papers")(papers)

@@ -38,7 +38,7 @@ class Choice(NamedTuple):
 
 
 def choose(problem: Problem, backend: str = "auto") -> Choice:
-    """Pick a backend by rule: the first that can, in the order native, then flex (GPU) or sdpa, then dense.
+    """Pick a backend by rule: the first that can of native, sdpa, dense (CPU) or flex, sdpa, dense (GPU).
 
     Raises:
         ValueError: ``backend`` is unknown, or is forced and cannot run this problem.
@@ -46,7 +46,8 @@ def choose(problem: Problem, backend: str = "auto") -> Choice:
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}; it was {backend!r}")
     gpu = problem.q.device.type != "cpu"
-    order = ["native", "flex", "sdpa", "dense"] if gpu else ["native", "sdpa", "flex", "dense"]
+    # On a CPU FlexAttention is a compiler to be called by name: uncompiled it is slower than the definition.
+    order = ["native", "flex", "sdpa", "dense"] if gpu else ["native", "sdpa", "dense", "flex"]
     if backend != "auto":
         if (reason := BACKENDS[backend].why_not(problem)) is not None:
             raise ValueError(f"backend {backend!r} cannot run this: {reason}")

@@ -34,13 +34,16 @@ def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     return weights / total, lse.squeeze(-1)
 
 
-def weighted(weights: Tensor, live: Tensor, values: Tensor) -> Tensor:
-    """``weights @ values``, where a value that is not finite reaches only the rows that see it (as NaN)."""
-    if torch.isfinite(values).all():
+def weighted(weights: Tensor, live: Tensor, values: Tensor, finite: bool) -> Tensor:
+    """``weights @ values``, where a value that is not finite reaches only the rows that see it (as NaN).
+
+    ``finite`` says that there is none, which saves the second product.
+    """
+    if finite:
         return weights @ values
-    finite = torch.isfinite(values)
-    read = live.to(values.dtype).expand(weights.shape) @ (~finite).to(values.dtype)
-    return torch.where(read > 0, torch.nan, weights @ torch.where(finite, values, 0))
+    good = torch.isfinite(values)
+    read = live.to(values.dtype).expand(weights.shape) @ (~good).to(values.dtype)
+    return torch.where(read > 0, torch.nan, weights @ torch.where(good, values, 0))
 
 
 def offset_index(q: Tensor, k: Tensor, grid_q: Grid, grid_k: Grid) -> Tensor:

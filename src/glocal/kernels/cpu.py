@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,10 +12,12 @@ from glocal.kernels.problem import Problem
 from glocal.patterns import BoxForm
 
 
-@torch.compiler.assume_constant_result
-def _missing() -> str | None:
-    # The compiler cannot look into the extension, and its answer does not change.
+def _available() -> str | None:
     return native.available()
+
+
+# The compiler cannot look into the extension, and its answer does not change.
+_missing: Callable[[], str | None] = torch.compiler.assume_constant_result(_available)
 
 
 def why_not(problem: Problem) -> str | None:

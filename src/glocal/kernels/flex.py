@@ -18,6 +18,13 @@ from glocal.kernels.problem import Problem
 from glocal.patterns import NoBoxForm
 from glocal.patterns.boxes import Box, BoxForm, Grid
 
+try:
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    _LSE: dict[str, Any] = {"return_aux": AuxRequest(lse=True)}
+except ImportError:  # torch before 2.9
+    _LSE = {"return_lse": True}
+
 Mod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -49,8 +56,9 @@ def run(problem: Problem) -> tuple[Tensor, Tensor]:
         block_mask=mask,
         scale=problem.scale,
         enable_gqa=q.shape[1] != k.shape[1],
-        return_lse=True,
+        **_LSE,
     )
+    lse = getattr(lse, "lse", lse)
     return out, lse.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 

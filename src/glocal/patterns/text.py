@@ -40,7 +40,9 @@ NAMES: dict[str, Callable[..., Pattern]] = {
 MAX_LENGTH = 1 << 20
 MAX_DEPTH = 64
 
-_TOKEN = re.compile(r"\s*(?:(?P<int>-?[0-9]{1,18})|(?P<name>[A-Za-z_][A-Za-z_0-9]*)|\$(?P<data>[0-9]{1,4})|(?P<sign>[()\[\],=|&~]))")
+_TOKEN = re.compile(
+    r"\s*(?:(?P<int>-?[0-9]{1,18})|(?P<name>[A-Za-z_][A-Za-z_0-9]*)|\$(?P<data>[0-9]{1,4})|(?P<sign>[()\[\],=|&~]))"
+)
 
 
 def parse(text: str, data: Sequence[Tensor] = ()) -> Pattern:

@@ -48,14 +48,14 @@ class Pool {
       while ((int)workers_.size() < threads - 1) workers_.emplace_back(&Pool::loop, this, (int)workers_.size());
       job_ = &job;
       wanted_ = threads - 1;
-      busy_ = threads - 1;
       ++round_;
     }
     wake_.notify_all();
     job.work();
+    // All tasks are taken: a thread that has not woken by now is not waited for.
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [&] { return busy_ == 0; });
     job_ = nullptr;
+    done_.wait(lock, [&] { return busy_ == 0; });
     return true;
   }
 
@@ -68,8 +68,9 @@ class Pool {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return round_ != seen; });
         seen = round_;
-        if (index >= wanted_) continue;
+        if (index >= wanted_ || !job_) continue;
         job = job_;
+        ++busy_;
       }
       job->work();
       std::lock_guard<std::mutex> lock(mutex_);
