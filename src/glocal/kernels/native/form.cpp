@@ -1,6 +1,7 @@
 #include "form.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 namespace glocal {
@@ -72,6 +73,11 @@ void finish(const Form& form, Tiling& t) {
 }
 
 }  // namespace
+
+uint64_t Form::next_id() {
+  static std::atomic<uint64_t> count{0};
+  return ++count;
+}
 
 const Tiling& Form::tiling(int lanes, int most) {
   std::lock_guard<std::mutex> lock(mutex_);

@@ -53,6 +53,7 @@ struct Tiling {
 };
 
 struct Form {
+  const uint64_t id = next_id();  // never used twice, unlike an address: caches compare it
   int rank = 1;
   int lq[MAX_RANK], lk[MAX_RANK];
   int64_t nq = 1, nk = 1;
@@ -65,6 +66,7 @@ struct Form {
   const Tiling& rows(int lanes);
 
  private:
+  static uint64_t next_id();
   struct Kept {
     int lanes, most;
     std::unique_ptr<Tiling> tiling;

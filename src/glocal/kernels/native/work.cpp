@@ -13,9 +13,10 @@ void Work::prepare(const Form& form, const Tiling& tiling, int tile, int b, int 
                    int64_t key_stride) {
   b = form.by_batch ? b : 0;
   h = form.by_head ? h : 0;
-  if (form_ == &form && tiling_ == &tiling && tile_ == tile && b_ == b && h_ == h && ld_ == ld && wanted_ == chunk_keys &&
+  if (id_ == form.id && tiling_ == &tiling && tile_ == tile && b_ == b && h_ == h && ld_ == ld && wanted_ == chunk_keys &&
       key_stride_ == key_stride)
     return;
+  id_ = 0;  // until all is in place
   form_ = &form, tiling_ = &tiling, tile_ = tile, b_ = b, h_ = h, ld_ = ld, wanted_ = chunk_keys, key_stride_ = key_stride;
   lanes_ = tiling.lanes;
   blocks_ = (lanes_ + BLOCK - 1) / BLOCK;
@@ -57,12 +58,12 @@ void Work::prepare(const Form& form, const Tiling& tiling, int tile, int b, int 
   }
   offset.resize(place.size());
   for (size_t i = 0; i < place.size(); ++i) offset[i] = place[i] * ld;
-  if (!key_stride) return;
-  in_place.resize(place.size());
-  for (int p = 0; p < tiling.panels; ++p)
+  in_place.resize(key_stride ? place.size() : 0);
+  for (int p = 0; key_stride && p < tiling.panels; ++p)
     for (int c = 0; c < chunks_; ++c)
       for (int i = entries(c, p).begin; i < entries(c, p).end; ++i)
         in_place[i] = (int32_t)(this->chunk_keys(c)[place[i]] * key_stride);
+  id_ = form.id;
 }
 
 bool Work::meets(const BoxTables& box, Active& out) const {

@@ -16,7 +16,6 @@ class Work {
   // Prepare a tile for the tables of batch b and head h; does nothing where it is the one prepared last.
   void prepare(const Form& form, const Tiling& tiling, int tile, int b, int h, int chunk_keys, int ld,
                int64_t key_stride = 0);
-  void forget() { form_ = nullptr; }
 
   int chunks() const { return chunks_; }
   int chunk_size(int c) const { return std::min(size_, (int)keys.size() - c * size_); }
@@ -50,6 +49,7 @@ class Work {
   void close(int panel, int& chunk, int until);
   int query_at(int axis, int panel_digit, int digit) const;
 
+  uint64_t id_ = 0;
   const Form* form_ = nullptr;
   const Tiling* tiling_ = nullptr;
   int tile_ = -1, b_ = 0, h_ = 0, ld_ = 0, wanted_ = 0, lanes_ = 0, blocks_ = 0, chunks_ = 0, size_ = 1;
