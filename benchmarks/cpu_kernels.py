@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -82,18 +82,22 @@ def predicate(pattern: Pattern) -> Callable[..., Tensor] | None:
 
 
 def grid_predicate(pattern: Window, grid: tuple[int, ...]) -> Callable[..., Tensor]:
-    """A window as a ``mask_mod``, from its interval tables."""
-    spans = pattern.boxes(grid, grid).boxes[0].axes
+    """A window as a ``mask_mod``, by arithmetic: with table look-ups torch 2.13 makes C++ that does not compile."""
+    sizes = pattern.size if isinstance(pattern.size, tuple) else (pattern.size,) * len(grid)
+    dilation = pattern.dilation
+    assert isinstance(dilation, int) and all(n % dilation == 0 for n in grid)
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        live = torch.ones((), dtype=torch.bool)
-        for axis in reversed(range(len(grid))):
-            i, j = q % grid[axis], k % grid[axis]
-            q, k = q // grid[axis], k // grid[axis]
-            s = spans[axis]
-            live = live & (j >= s.lo[i]) & (j < s.hi[i]) & ((j - s.lo[i]) % s.step == 0)
+        live = q >= 0
+        for length, size in zip(reversed(grid), reversed(sizes), strict=True):
+            i, j = q % length, k % length
+            q, k = q // length, k // length
+            centre = (i // dilation).clamp(size // 2, length // dilation - 1 - (size - 1) // 2)
+            near = (j // dilation - centre <= (size - 1) // 2) & (centre - j // dilation <= size // 2)
+            live = live & near & (i % dilation == j % dilation)
         return live
 
+    assert torch.equal(pattern.mask(grid)[7], mask_mod(*[torch.tensor(7)] * 3, torch.arange(math.prod(grid))))
     return mask_mod
 
 
@@ -264,10 +268,9 @@ def growth() -> list[tuple[str, ...]]:
     return rows
 
 
-def resident() -> int:
-    """Bytes of this process in memory now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def resident(what: str) -> int:
+    """Bytes of this process in memory now (``VmRSS``) or at most so far (``VmHWM``, which a child does not inherit)."""
+    return int(Path("/proc/self/status").read_text().split(f"{what}:")[1].split()[0]) * 1024
 
 
 def memory() -> list[tuple[str, ...]]:
@@ -278,10 +281,10 @@ def memory() -> list[tuple[str, ...]]:
     warm = Sliding(255, 0).boxes(512, 512)
     small = [t[:, :, :512] for t in (q, k, v)]
     native.forward(*small, warm, None, None, 0.125, 0.0)
-    before = resident()
+    before = resident("VmRSS")
     out, lse = native.forward(q, k, v, form, None, None, 0.125, 0.0)
     kept = native.backward(grad, None, q, k, v, form, None, None, 0.125, 0.0, out, lse)
-    extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    extra = resident("VmHWM") - before
     size = 6 * q.numel() * 4
     assert kept[0].shape == q.shape
     return [

@@ -34,13 +34,12 @@ def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     return weights / total, lse.squeeze(-1)
 
 
-def weighted(weights: Tensor, live: Tensor, values: Tensor, finite: bool) -> Tensor:
-    """``weights @ values``, where a value that is not finite reaches only the rows that see it (as NaN).
-
-    ``finite`` says that there is none, which saves the second product.
-    """
-    if finite:
-        return weights @ values
+def weighted(weights: Tensor, live: Tensor, values: Tensor) -> Tensor:
+    """``weights @ values``, where a value that is not finite reaches only the rows that see it (as NaN)."""
+    out = weights @ values
+    # Zero times NaN is NaN: one bad value spoils every row, so a clean result means that there was none.
+    if torch.isfinite(out).all():
+        return out
     good = torch.isfinite(values)
     read = live.to(values.dtype).expand(weights.shape) @ (~good).to(values.dtype)
     return torch.where(read > 0, torch.nan, weights @ torch.where(good, values, 0))

@@ -206,7 +206,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, form: BoxForm, settings: op.Setting
     dtype = common.accumulator(q.dtype)
     out = torch.zeros((*q.shape[:3], v.shape[-1]), dtype=dtype, device=q.device)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
-    finite = bool(torch.isfinite(v).all())
     for number, tile in _walk(form, q.device, q.shape[0] * q.shape[1]):
         view = _View(tile, q, k, form, settings)
         scores, _ = view.scores(view.queries(q), view.keys(k))
@@ -215,7 +214,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, form: BoxForm, settings: op.Setting
         if settings.dropout_p:
             weights = torch.where(view.kept(k.shape[2]), weights / (1 - settings.dropout_p), 0)
         values = view.keys(v)
-        part = common.weighted(weights.flatten(3, 4), live.expand(weights.shape).flatten(3, 4), values, finite)
+        part = common.weighted(weights.flatten(3, 4), live.expand(weights.shape).flatten(3, 4), values)
         part = view.join(part.unflatten(3, weights.shape[3:5])).flatten(2, 3)
         part_lse = view.join(part_lse).flatten(2, 3)
         rows = view.rows

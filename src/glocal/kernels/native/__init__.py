@@ -112,6 +112,12 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
+def _fresh(t: Tensor) -> Tensor:
+    """A result that nothing has been written to yet, on large pages where the machine gives them."""
+    _native.large_pages(t.data_ptr(), t.numel() * t.element_size())
+    return t
+
+
 def _array(t: Tensor) -> list[int]:
     return [t.data_ptr(), *t.stride()[:3]]
 
@@ -162,7 +168,7 @@ def forward(
     """
     q, k, v = _rows(q), _rows(k), _rows(v)
     bias, table = _float(bias, table)
-    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    out = _fresh(q.new_empty((*q.shape[:3], v.shape[3])))
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
     if out.shape[0] and out.shape[1] and out.shape[2]:
         added = _added(bias, table)
@@ -196,8 +202,8 @@ def backward(
     bias, table = _float(bias, table)
     lse = lse.float().contiguous()
     grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk, dv = (torch.zeros(t.shape, dtype=torch.float32) for t in (k, v))
+    dq = _fresh(torch.empty_like(q, memory_format=torch.contiguous_format))
+    dk, dv = (_fresh(torch.empty(t.shape, dtype=torch.float32)).zero_() for t in (k, v))
     dbias = torch.zeros(bias.shape) if bias is not None and needs[3] else None
     dtable = torch.zeros(table.shape) if table is not None and needs[4] else None
     if q.shape[0] and q.shape[1] and q.shape[2]:

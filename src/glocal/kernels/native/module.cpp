@@ -7,6 +7,10 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "attend.h"
 #include "pool.h"
 
@@ -137,6 +141,16 @@ void run_backward(Form& form, const std::vector<int>& sizes, const Ints& q, cons
   backward(call, grads);
 }
 
+// Ask for large pages under a result that is about to be written for the first time: without them the kernel spends as
+// long on page faults as on arithmetic once results reach a hundred megabytes.
+void large_pages(int64_t address, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t PAGE = 1 << 21;
+  const int64_t begin = (address + PAGE - 1) / PAGE * PAGE, end = (address + bytes) / PAGE * PAGE;
+  if (end > begin) madvise((void*)(uintptr_t)begin, (size_t)(end - begin), MADV_HUGEPAGE);
+#endif
+}
+
 void exp2_array(const Numbers<float>& x, nb::ndarray<float, nb::c_contig, nb::device::cpu> y) {
   if (x.size() != y.size()) throw std::invalid_argument("exp2 needs arrays of one size");
   current().exp2(x.data(), y.data(), (int)x.size());
@@ -169,6 +183,7 @@ NB_MODULE(_native, m) {
   m.attr("MAX_RANK") = MAX_RANK;
   m.def("forward", &run_forward);
   m.def("backward", &run_backward);
+  m.def("large_pages", &large_pages);
   m.def("isa", [] { return std::string(current().name); });
   m.def("isas", [] {
     const char* names[4];

@@ -1,10 +1,15 @@
 #include "pool.h"
 
+#include <dlfcn.h>
+#if defined(__linux__)
+#include <link.h>
+#endif
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <thread>
@@ -99,6 +104,35 @@ Pool& pool() {
   return *now.load();
 }
 
+// The OpenMP runtime that torch has already loaded into this process, if it is GNU's. Its threads spin for a while after
+// each of torch's own operations: threads of ours beside them would have to share their cores.
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+GompParallel find_gomp() {
+#if defined(__linux__)
+  void* found = nullptr;
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* out) {
+        if (!info->dlpi_name || !std::strstr(info->dlpi_name, "libgomp")) return 0;
+        void* library = dlopen(info->dlpi_name, RTLD_NOW | RTLD_NOLOAD);
+        *(void**)out = library ? dlsym(library, "GOMP_parallel") : nullptr;
+        return 1;
+      },
+      &found);
+  return (GompParallel)found;
+#else
+  return nullptr;
+#endif
+}
+
+bool run_on_gomp(int threads, Job& job) {
+  static const GompParallel gomp = find_gomp();
+  static const int owner = (int)getpid();  // after a fork its threads are gone, and it does not know
+  if (!gomp || owner != (int)getpid()) return false;
+  gomp([](void* data) { ((Job*)data)->work(); }, &job, (unsigned)threads, 0);
+  return true;
+}
+
 }  // namespace
 
 void parallel(int threads, int tasks, int grain, const std::function<void(int)>& fn) {
@@ -108,7 +142,7 @@ void parallel(int threads, int tasks, int grain, const std::function<void(int)>&
   job.tasks = tasks;
   job.grain = std::max(grain, 1);
   threads = std::min(threads, (tasks + job.grain - 1) / job.grain);
-  if (threads <= 1 || !pool().run(threads, job)) job.work();
+  if (threads <= 1 || !(run_on_gomp(threads, job) || pool().run(threads, job))) job.work();
   if (job.error) std::rethrow_exception(job.error);
 }
 
