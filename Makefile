@@ -38,7 +38,7 @@ bench: $(VENV)/test.done
 	$(BIN)/python benchmarks/cpu_kernels.py
 
 # The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on COUNT random problems.
-fuzz:
+fuzz: $(VENV)/test.done
 	$(MAKE) -C tests/sanitize COUNT=$(COUNT)
 
 $(VENV)/bin/python:
