@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from glocal.kernels.problem import Problem
 from glocal.patterns import NoBoxForm
-from glocal.patterns.boxes import Box, BoxForm, Grid
+from glocal.patterns.boxes import Box, BoxForm, coordinates
 
 try:
     from torch.nn.attention.flex_attention import AuxRequest
@@ -97,14 +97,6 @@ def _mask_mod(live: Tensor) -> Mod:
     return lambda b, h, q, k: _at(table, b, h, q, k)
 
 
-def _coordinates(index: Tensor, grid: Grid) -> list[Tensor]:
-    out = []
-    for length in reversed(grid):
-        out.append(index % length)
-        index = index // length
-    return out[::-1]
-
-
 def _boxes_mod(form: BoxForm, device: torch.device) -> Mod:
     tests = [_box_mod(box.to(device), form) for box in form]
 
@@ -126,7 +118,7 @@ def _box_mod(box: Box, form: BoxForm) -> Mod:
 
     def mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         live = q >= 0
-        i, j = _coordinates(q, form.grid_q), _coordinates(k, form.grid_k)
+        i, j = coordinates(q, form.grid_q), coordinates(k, form.grid_k)
         for axis, (lo, hi, step) in enumerate(axes):
             first = _at(lo, b, h, i[axis])
             live = live & (j[axis] >= first) & (j[axis] < _at(hi, b, h, i[axis]))
@@ -161,7 +153,7 @@ def _score_mod(problem: Problem) -> Callable[..., Tensor] | None:
             score = score + _at(bias, b, h, q, k)
         if table is not None:
             index = q * 0
-            axes = zip(_coordinates(q, problem.grid_q), _coordinates(k, problem.grid_k), strict=True)
+            axes = zip(coordinates(q, problem.grid_q), coordinates(k, problem.grid_k), strict=True)
             for (i, j), lq, lk in zip(axes, problem.grid_q, problem.grid_k, strict=True):
                 index = index * (lq + lk - 1) + j - i + lq - 1
             score = score + table[h if table.shape[0] > 1 else h * 0, index]
