@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from glocal import parse
 from glocal.cli import show
+from glocal.patterns.cost import simulate
 from glocal.patterns.facts import facts
 from glocal.patterns.view import pool, view
 
@@ -280,3 +281,42 @@ def test_bad_input_is_one_line(arguments, message):
     done = run(*arguments, code=2)
     assert done.stderr.startswith(f"glocal: {message}"), done.stderr
     assert done.stderr.count("\n") == 1 and not done.stdout
+
+
+@pytest.mark.parametrize(
+    "text, grid, tiles, sizes",
+    [
+        ("window(16, stride=16)", "64x64", ["--query-tile", "8x8", "--key-tile", "8x8"], ((8, 8), (8, 8))),
+        ("window(5, dilation=2) | prefix(3)", "30", ["--query-tile", "4"], ((4,), (4,))),
+        ("window(3)", "6x7x8", ["--key-tile", "2"], ((4, 4, 4), (2, 2, 2))),
+        ("window(3, dilation=2)", "20x20", [], ((8, 8), (8, 8))),
+    ],
+)
+def test_simulate_shows_the_tiles_visited(text, grid, tiles, sizes):
+    output = run(text, "--grid", grid, "--simulate", *tiles).stdout
+    found = simulate(parse(text), tuple(map(int, grid.split("x"))), *sizes)
+    assert f"visited       mean {found.mean:,.2f}, most {found.most} of {found.full}\n" in output
+    assert f"from 1st key  mean {found.dynamic_mean:,.2f}, most {found.dynamic_most}\n" in output
+    assert f"speedup       at most {found.bound:,.2f}, {found.worst:,.2f} by the longest\n" in output
+    assert f"FLOP bound    {found.flop_bound:,.2f}, " in output
+    assert ("none needed" in output) == found.perfect and ("residue class" in output) == (max(found.layout) > 1)
+    names = [" x ".join(map(str, size)) for size in sizes]
+    assert f"tiles         {names[0]} queries, {names[1]} keys\n" in output
+    assert max(map(len, output.splitlines())) <= 60
+    assert "visited" not in run(text, "--grid", grid).stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["full()", "--grid", "9", "--query-tile", "3"], "--query-tile: is for --simulate; add --simulate"),
+        (["full()", "--grid", "9", "--simulate", "--key-tile", "0"], "--key-tile: must have no empty axis; it was '0'"),
+        (
+            ["full()", "--grid", "9x9x9", "--simulate", "--query-tile", "4x4"],
+            "--query-tile: has 2 sizes, --grid has 3 axes; give one, or one an axis, such as 4x4x4",
+        ),
+        (["~tokens(list(range(0, 99, 5)))", "--grid", "99", "--simulate"], "PATTERN: text is not a pattern"),
+    ],
+)
+def test_bad_tiles_are_one_line(arguments, message):
+    test_bad_input_is_one_line(arguments, message)

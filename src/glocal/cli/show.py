@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.text import Text
 
 from glocal.patterns import Pattern, parse
+from glocal.patterns.cost import Cost, simulate
 from glocal.patterns.facts import Facts, facts
 from glocal.patterns.plot import ENDINGS, figure, percent, quantity, save
 from glocal.patterns.view import Panel, View, view
 
 SEEN, QUERY, BLIND, SOFT = "#2F8FD0", "#E69F00", "#CC79A7", "dim"
 SHADES = " ░▒▓█"
+TILES = {1: "64", 2: "8x8", 3: "4x4x4"}
 _HALVES = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
 
 T = TypeVar("T")
@@ -41,6 +43,9 @@ def show(
     head_dim: Annotated[int, typer.Option(help="Width of a head, for the FLOPs.")] = 64,
     batch: Annotated[int, typer.Option(help="Batch size, for the FLOPs.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Write a picture to this file (.png or .svg) as well.")] = None,
+    simulated: Annotated[bool, typer.Option("--simulate", help="Count the tiles that a kernel would visit.")] = False,
+    query_tile: Annotated[str | None, typer.Option(help="Queries of a tile, such as 8x8, for --simulate.")] = None,
+    key_tile: Annotated[str | None, typer.Option(help="Keys of a tile; the query tile by default.")] = None,
 ) -> None:
     """Draw where queries look, with what it costs beside it."""
     for name, value in (("--heads", heads), ("--head-dim", head_dim), ("--batch", batch)):
@@ -56,16 +61,22 @@ def show(
     if len(grid_q) != len(grid_k):
         fail("--keys", f"has {len(grid_k)} axes, --grid has {len(grid_q)}; they must agree")
     queries = [_read_query(text, grid_q) for text in query or ()] or None
+    tiles = _read_tiles(simulated, query_tile, key_tile, len(grid_q))
     _try("PATTERN", lambda: where.check(grid_q, grid_k))
     console = Console(highlight=False, soft_wrap=True)
     across = max(8, console.width - 4)
     shown = _try("--grid", lambda: view(where, grid_q, keys=grid_k, queries=queries, cells=across, coarse=across // 2))
     known = _try("--heads", lambda: facts(where, grid_q, grid_k, heads=heads, head_dim=head_dim, batch=batch))
+    cost = _try("--simulate", lambda: simulate(where, grid_q, *tiles, keys=grid_k)) if tiles else None
     if out is not None:
         _write(where, grid_q, grid_k, queries, head_dim, out)
     count = heads or (1, *where.lead(grid_q, grid_k))[-1]
     assumed = f"{count} head{'' if count == 1 else 's'} of {head_dim}, batch {batch}"
     draw(console, shown, known, assumed)
+    if tiles and cost:
+        console.print()
+        for line in _cost(cost, *tiles):
+            console.print(line, soft_wrap=False)
     if out is not None:
         console.print(Text(f"wrote {out}"))
     if known.empty:
@@ -120,6 +131,23 @@ def _read_query(text: str, grid: tuple[int, ...]) -> tuple[int, ...]:
         last = ",".join(str(n - 1) for n in grid)
         fail("--query", f"must lie in the grid, from {','.join('0' * len(grid))} to {last}; it was {text!r}")
     return place
+
+
+def _read_tiles(
+    wanted: bool, query_tile: str | None, key_tile: str | None, rank: int
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Sizes of a query tile and a key tile, one an axis, or None where nothing is simulated."""
+    sizes = []
+    for name, text in (("--query-tile", query_tile), ("--key-tile", key_tile)):
+        if text is not None and not wanted:
+            fail(name, "is for --simulate; add --simulate")
+        size = read_grid(name, text or query_tile or TILES[rank])
+        if len(size) not in (1, rank):
+            fail(
+                name, f"has {len(size)} sizes, --grid has {rank} axes; give one, or one an axis, such as {TILES[rank]}"
+            )
+        sizes.append(size * rank if len(size) == 1 else size)
+    return (sizes[0], sizes[1]) if wanted else None
 
 
 def draw(console: Console, shown: View, known: Facts, assumed: str = "") -> None:
@@ -280,3 +308,20 @@ def _legend(shown: View, colour: bool) -> Text:
     if colour and False in marked:
         line.append("   █", style=BLIND).append(" query, blind to itself")
     return line
+
+
+def _cost(cost: Cost, query_tile: tuple[int, ...], key_tile: tuple[int, ...]) -> list[Text]:
+    """What was simulated, as lines of name and value."""
+    tiles = [" x ".join(map(str, size)) for size in (query_tile, key_tile)]
+    values = [
+        ("tiles", f"{tiles[0]} queries, {tiles[1]} keys"),
+        ("visited", f"mean {cost.mean:,.2f}, most {cost.most:,} of {cost.full:,}"),
+        ("from 1st key", f"mean {cost.dynamic_mean:,.2f}, most {cost.dynamic_most:,}"),
+        ("speedup", f"at most {cost.bound:,.2f}, {cost.worst:,.2f} by the longest"),
+        ("FLOP bound", f"{cost.flop_bound:,.2f}, {percent(cost.efficiency)} of it reached"),
+        ("masks", "none needed" if cost.perfect else "some tiles are partly live"),
+        ("padding", f"{percent(cost.padded)} of query slots"),
+    ]
+    if max(cost.layout) > 1:
+        values.append(("order", f"by residue class of {' x '.join(map(str, cost.layout))}"))
+    return [Text.assemble((f"{name:<14}", SOFT), value) for name, value in values]
