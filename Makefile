@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 COUNT ?= 2000
 
-.PHONY: demo test check lint types layers unit bench fuzz format browser clean
+.PHONY: demo test check lint types layers unit bench proofs fuzz format browser clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/glocal compare --report report.html
@@ -36,6 +36,10 @@ format: $(VENV)/test.done
 
 bench: $(VENV)/test.done
 	$(BIN)/python benchmarks/cpu_kernels.py
+
+# What the papers claim, in small: a line with a figure and a verdict for each system.
+proofs: $(VENV)/test.done
+	@for proof in benchmarks/proofs/*.py; do $(BIN)/python $$proof || exit 1; done
 
 # The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on COUNT random problems.
 fuzz: $(VENV)/test.done
