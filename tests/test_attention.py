@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 import glocal
 from glocal import Causal, Full, Keys, PerHead, Prefix, Selected, Sliding, Strided, Tokens, Where, Window
 from glocal.kernels import BACKENDS
-from glocal.kernels.sdpa import why_not as sdpa_why_not  # noqa: F401, the name that explain relies on
 from glocal.scores import RelativePosition
 from tests import oracle
 from tests.strategies import BATCH, HEADS, grids, patterns
