@@ -9,6 +9,7 @@ same machine; a peer's first call (which may compile) is not counted.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import math
 import statistics
 import subprocess
@@ -23,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from glocal import attend
+from glocal.bench.probe import resident
 from glocal.kernels import native
 from glocal.patterns import Causal, Pattern, Prefix, Sliding, Window
 
@@ -153,10 +156,6 @@ def natten(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object] 
 
 def library(case: Case, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Callable[[], object] | None:
     """``attend`` with another backend, or None where it cannot."""
-    try:
-        from glocal import attend
-    except ImportError:
-        return None
     grid_q = (case.queries,) if case.queries else case.grid
     tensors = [q.unflatten(2, grid_q), k.unflatten(2, case.grid), v.unflatten(2, case.grid)]
 
@@ -199,7 +198,15 @@ def runs(case: Case, peers: bool) -> tuple[dict[str, Callable[[], object]], tupl
         def masked() -> object:
             return torch.autograd.grad(sdpa(*leaves, attn_mask=mask), leaves, grad)
 
+        def full() -> object:
+            return torch.autograd.grad(sdpa(*leaves), leaves, grad)
+
+        def tiles() -> object:
+            return torch.autograd.grad(attend(*leaves, case.pattern, backend="sdpa"), leaves, grad)
+
         found["masked sdpa forward+backward"] = masked
+        found["full sdpa forward+backward"] = full
+        found['attend backend="sdpa" forward+backward'] = tiles
     else:
         mask = case.pattern.mask(case.grid)
         found["masked sdpa"] = lambda: sdpa(q, k, v, attn_mask=mask)
@@ -224,8 +231,10 @@ def measure(name: str, case: Case, rounds: int, peers: bool) -> list[tuple[str, 
     big, other = torch.randn(1 << 24), torch.empty(1 << 24)
     rates: list[float] = []
     times: dict[str, list[float]] = {key: [] for key in candidates}
-    for run in candidates.values():
+    peaks: dict[str, str] = {}
+    for key, run in candidates.items():
         run()
+        peaks[key] = peak(run)
     for _ in range(rounds):
         for key, run in candidates.items():
             if len(times[key]) > 1 and sum(times[key]) > PATIENCE:
@@ -246,9 +255,17 @@ def measure(name: str, case: Case, rounds: int, peers: bool) -> list[tuple[str, 
         if case.what == "decode":
             work = live * case.dim * 2 * 4
         rows.append(
-            (name, key, f"{t * 1e3:.2f}", f"{work / t / 1e9:.1f}", f"{work / t / rate:.1%}", f"{t / ours:.2f}x")
+            (
+                name,
+                key,
+                f"{t * 1e3:.2f}",
+                f"{work / t / 1e9:.1f}",
+                f"{work / t / rate:.1%}",
+                f"{t / ours:.2f}x",
+                peaks[key],
+            )
         )
-    rows.append((name, "copy rate" if case.what == "decode" else "matmul", "", f"{rate / 1e9:.1f}", "100%", ""))
+    rows.append((name, "copy rate" if case.what == "decode" else "matmul", "", f"{rate / 1e9:.1f}", "100%", "", ""))
     return rows
 
 
@@ -265,14 +282,24 @@ def growth() -> list[tuple[str, ...]]:
     rows, last = [], 0.0
     for n in lengths:
         t = median(times[n][1:])
-        rows.append(("growth", f"N {n}", f"{t * 1e3:.2f}", "", "", f"{t / last:.2f}x the last" if last else ""))
+        rows.append(("growth", f"N {n}", f"{t * 1e3:.2f}", "", "", f"{t / last:.2f}x the last" if last else "", ""))
         last = t
     return rows
 
 
-def resident(what: str) -> int:
-    """Bytes of this process in memory now (``VmRSS``) or at most so far (``VmHWM``, which a child does not inherit)."""
-    return int(Path("/proc/self/status").read_text().split(f"{what}:")[1].split()[0]) * 1024
+def peak(run: Callable[[], object]) -> str:
+    """MiB that one call adds at its peak, results included, to what is resident before it; Linux only."""
+    try:
+        # Memory that the allocator kept from the call before would hide what this one needs.
+        ctypes.CDLL(None).malloc_trim(0)
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    except (OSError, AttributeError):
+        return "-"
+    kept = run()
+    found = resident("VmHWM") - before
+    del kept
+    return f"{max(found, 0) / 2**20:.0f}"
 
 
 def memory() -> list[tuple[str, ...]]:
@@ -290,7 +317,7 @@ def memory() -> list[tuple[str, ...]]:
     size = 6 * q.numel() * 4
     assert kept[0].shape == q.shape
     return [
-        ("memory", "peak extra", f"{extra / 2**20:.0f} MiB", "", "", f"{extra / size:.2f}x of q, k, v and gradients")
+        ("memory", "peak extra", "", "", "", f"{extra / size:.2f}x of q, k, v and gradients", f"{extra / 2**20:.0f}")
     ]
 
 
@@ -306,7 +333,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(2)
     rounds = options.rounds or (3 if options.quick else 7)
-    head = ("case", "what", "ms", "GFLOP/s (GB/s)", "of machine", "over ours")
+    head = ("case", "what", "ms", "GFLOP/s (GB/s)", "of machine", "over ours", "peak MiB")
     if not options.markdown:
         print(
             f"{native.isa()}, {torch.get_num_threads()} threads, float32; machine: matmul {MATRIX}, or copy for decode"
