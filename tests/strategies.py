@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from glocal.patterns import (
+    Between,
     Block,
     Causal,
     Choose,
@@ -79,6 +80,12 @@ def selections(draw, grid_q, grid_k):
     return Selected(tensor(draw, shape, torch.long, -1, columns), size, query_size)
 
 
+@st.composite
+def intervals(draw, grid_q, grid_k):
+    lo, hi = (tensor(draw, (*draw(leads()), grid_q[0]), torch.long, -2, grid_k[0] + 3) for _ in range(2))
+    return Between(lo, hi)
+
+
 def leaves(grid_q, grid_k, data=True):
     """A pattern without parts."""
     size = math.prod(grid_k)
@@ -98,6 +105,9 @@ def leaves(grid_q, grid_k, data=True):
     if data:
         kinds.append(selections(grid_q, grid_k))
         kinds.append(st.composite(lambda draw: Keys(tensor(draw, (BATCH, size))))())
+        kinds.append(st.composite(lambda draw: Keys(tensor(draw, (BATCH, HEADS, size)), per_head=True))())
+        if len(grid_k) == 1:
+            kinds.append(intervals(grid_q, grid_k))
     return st.one_of(kinds)
 
 

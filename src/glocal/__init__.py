@@ -7,7 +7,9 @@ torch.Size([1, 8, 1024, 64])
 """
 
 from glocal.attention import Explanation, attend, explain, merge
+from glocal.models import create
 from glocal.patterns import (
+    Between,
     Block,
     Causal,
     Choose,
@@ -30,6 +32,7 @@ from glocal.patterns import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Between",
     "Block",
     "Causal",
     "Choose",
@@ -48,6 +51,7 @@ __all__ = [
     "Where",
     "Window",
     "attend",
+    "create",
     "explain",
     "merge",
     "parse",

@@ -51,7 +51,7 @@ def from_library(count: int, characters: int = 4000, folder: str | Path | None =
     first: list[str] = []
     later: list[list[str]] = []
     seen: set[str] = set()
-    for path in _modules(root):
+    for path in modules(root):
         fresh = []
         for paragraph in documentation(path.read_text(encoding="utf-8", errors="replace")):
             if paragraph not in seen:
@@ -98,12 +98,12 @@ def documentation(source: str) -> list[str]:
     return [text for text in joined if any(c.isalpha() for c in text)]
 
 
-def _modules(root: Path) -> Iterator[Path]:
+def modules(root: Path) -> Iterator[Path]:
     """Public modules below a folder, in alphabetical order."""
     for path in sorted(root.iterdir(), key=lambda p: p.name):
         if path.name in _SKIP or (path.name.startswith(("_", "config-")) and path.name != "__init__.py"):
             continue
         if path.is_dir():
-            yield from _modules(path)
+            yield from modules(path)
         elif path.suffix == ".py":
             yield path

@@ -3,12 +3,14 @@
 from glocal.patterns.base import Complement, Intersection, Pattern, Union
 from glocal.patterns.boxes import Box, BoxForm, NoBoxForm, Spans
 from glocal.patterns.convert import from_flash, from_hf, from_natten
-from glocal.patterns.data import Choose, Keys, PerHead, Selected, Where
+from glocal.patterns.data import Between, Choose, Keys, PerHead, Selected, Where
 from glocal.patterns.order import Causal, Full, Prefix, Segments, Sinks, Tokens
+from glocal.patterns.schedules import is_global, multiscale_windows
 from glocal.patterns.text import parse
 from glocal.patterns.windows import Block, Sliding, Strided, Window
 
 __all__ = [
+    "Between",
     "Block",
     "Box",
     "BoxForm",
@@ -35,5 +37,7 @@ __all__ = [
     "from_flash",
     "from_hf",
     "from_natten",
+    "is_global",
+    "multiscale_windows",
     "parse",
 ]

@@ -1,4 +1,4 @@
-"""Patterns that carry data: padding masks, chosen blocks, one pattern a head, gates, any predicate."""
+"""Patterns that carry data: padding masks, intervals, chosen blocks, one pattern a head, gates, any predicate."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def boolean(value: Any, what: str) -> Tensor:
 class Keys(Pattern):
     """The keys that a boolean ``mask (B, Nk)`` marks as real, for every query: padding.
 
-    ``(B, *grid_k)`` is flattened. Meant to be intersected: ``Sliding(255, 0) & Keys(mask)``.
+    ``(B, *grid_k)`` is flattened. Meant to be intersected: ``Sliding(255, 0) & Keys(mask)``. With ``per_head`` the
+    mask is ``(B, H, *grid_k)``: each head has keys of its own, as in caches that evict by head.
 
     >>> import torch
     >>> from glocal import Keys
@@ -34,34 +35,90 @@ class Keys(Pattern):
     [[[[1, 1, 0], [1, 1, 0]]]]
     """
 
-    real: Tensor
+    real: Tensor  # (B, H or 1, Nk)
+    per_head: bool = False
 
-    def __init__(self, mask: Tensor) -> None:
-        if boolean(mask, "mask of Keys").dim() < 2:
-            raise ValueError(f"mask of Keys must be (B, Nk); it was {tuple(mask.shape)}")
-        object.__setattr__(self, "real", mask.flatten(1))
+    def __init__(self, mask: Tensor, per_head: bool = False) -> None:
+        least = 3 if per_head else 2
+        if boolean(mask, "mask of Keys").dim() < least:
+            layout = "(B, H, Nk)" if per_head else "(B, Nk)"
+            raise ValueError(f"mask of Keys must be {layout}; it was {tuple(mask.shape)}")
+        flat = mask.flatten(least - 1)
+        object.__setattr__(self, "real", flat if per_head else flat[:, None])
+        object.__setattr__(self, "per_head", bool(per_head))
 
     def _check(self, grid_q: Grid, grid_k: Grid) -> None:
-        if self.real.shape[1] != math.prod(grid_k):
-            raise ValueError(f"mask of Keys marks {self.real.shape[1]} keys, the grid {grid_k} has {math.prod(grid_k)}")
+        if self.real.shape[-1] != math.prod(grid_k):
+            raise ValueError(
+                f"mask of Keys marks {self.real.shape[-1]} keys, the grid {grid_k} has {math.prod(grid_k)}"
+            )
 
     def spec(self, data: list[Tensor]) -> str:
-        data.append(self.real)
-        return f"keys(${len(data) - 1})"
+        data.append(self.real if self.per_head else self.real[:, 0])
+        return f"keys(${len(data) - 1}{', per_head=true' if self.per_head else ''})"
 
     def _live(self, at: Positions) -> Tensor:
-        return self.real[:, None, None, :]
+        return self.real[:, :, None, :]
 
     def _boxes(self, grid_q: Grid, grid_k: Grid) -> BoxForm:
         real, every = self.real.cpu(), every_axis(grid_q, grid_k)
         if len(grid_k) == 1 and real.numel():
             # Padding at one end is an interval, which lets a kernel skip tiles.
-            lo, count = real.long().argmax(1), real.sum(1)
+            lo, count = real.long().argmax(-1, keepdim=True), real.sum(-1, keepdim=True)
             place = torch.arange(grid_k[0])
-            if torch.equal(real, (place >= lo[:, None]) & (place < (lo + count)[:, None])):
-                table = [t[:, None, None].expand(-1, 1, grid_q[0]) for t in (lo, lo + count)]
+            if torch.equal(real, (place >= lo) & (place < lo + count)):
+                table = [t.expand(-1, -1, grid_q[0]) for t in (lo, lo + count)]
                 return one_box(grid_q, grid_k, [Spans.of(table[0], table[1], 1, grid_k[0])])
-        return one_box(grid_q, grid_k, every, keys=real[:, None, :])
+        return one_box(grid_q, grid_k, every, keys=real)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Between(Pattern):
+    """Keys from ``lo`` up to, not including, ``hi`` on a sequence: one interval for each query, from data.
+
+    ``lo`` and ``hi`` are integers ``(*lead, Nq)`` that broadcast together; ``lead`` is empty, ``(H,)`` or ``(B, H)``
+    (1 broadcasts). A query with ``hi <= lo`` sees nothing. For what a formula gives that no other pattern has:
+    complete blocks of the past, groups up to one's own, tokens since a boundary.
+
+    >>> import torch
+    >>> from glocal import Between
+    >>> Between(torch.tensor([0, 1]), torch.tensor([2, 1])).mask(2, 3).int().tolist()
+    [[1, 1, 0], [0, 0, 0]]
+    """
+
+    lo: Tensor
+    hi: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("lo", "hi"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
+                raise TypeError(
+                    f"{name} of Between must be an integer tensor; it was {getattr(value, 'dtype', type(value))}"
+                )
+            if not 1 <= value.dim() <= 3:
+                raise ValueError(f"{name} of Between must be (*lead, Nq); it was {tuple(value.shape)}")
+
+    def _check(self, grid_q: Grid, grid_k: Grid) -> None:
+        if len(grid_k) != 1:
+            raise ValueError(f"Between is for a sequence; the grid has {len(grid_k)} axes {grid_k}")
+        for name in ("lo", "hi"):
+            if getattr(self, name).shape[-1] != grid_q[0]:
+                raise ValueError(
+                    f"{name} of Between has {getattr(self, name).shape[-1]} entries, there are {grid_q[0]} queries"
+                )
+
+    def spec(self, data: list[Tensor]) -> str:
+        data += [self.lo, self.hi]
+        return f"between(${len(data) - 2}, ${len(data) - 1})"
+
+    def _live(self, at: Positions) -> Tensor:
+        lo, hi = (t[..., at.rows].unsqueeze(-1) for t in (self.lo, self.hi))
+        return (at.k[0] >= lo) & (at.k[0] < hi)
+
+    def _boxes(self, grid_q: Grid, grid_k: Grid) -> BoxForm:
+        lo, hi = (t.cpu().long() for t in (self.lo, self.hi))
+        return one_box(grid_q, grid_k, [Spans.of(lo.clamp(min=0), hi, 1, grid_k[0])])
 
 
 @dataclass(frozen=True, repr=False, eq=False)

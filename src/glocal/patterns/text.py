@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from glocal.patterns.base import Complement, Intersection, Pattern, Union
-from glocal.patterns.data import Choose, Keys, PerHead, Selected
+from glocal.patterns.data import Between, Choose, Keys, PerHead, Selected
 from glocal.patterns.order import Causal, Full, Prefix, Segments, Sinks, Tokens
 from glocal.patterns.windows import Block, Sliding, Strided, Window
 
@@ -32,6 +32,7 @@ NAMES: dict[str, Callable[..., Pattern]] = {
     "tokens": Tokens,
     "segments": Segments,
     "keys": Keys,
+    "between": Between,
     "selected": Selected,
     "per_head": PerHead,
     "choose": Choose,
