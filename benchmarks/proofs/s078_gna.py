@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from glocal.bench.verdict import verdict
 from glocal.patterns import Full, Pattern, Window
 from glocal.patterns.cost import Cost, simulate
 
@@ -124,8 +125,8 @@ def main() -> None:
     q, k, v = (torch.randn(HEADS, *GRID, DIM, generator=generator) for _ in range(3))
     with torch.inference_mode():
         rhos = [measure(*tiles, repeats, (q, k, v)) for tiles in TILES]
-    verdict = "holds" if rhos[0] > 1 - 1e-9 else "does not hold at this size"
-    print(f"\nS078 gna: the simulator orders the strides as the clock does (rank correlation {rhos[0]:.3f}): {verdict}")
+    print()
+    verdict("gna", f"simulated and measured cost of the strides, rank correlation {rhos[0]:.3f}", rhos[0] > 1 - 1e-9)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from glocal import papers
+from glocal.inspect import layers, uses
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SYSTEMS = ROOT.parent / "shared" / "systems"  # the specifications, where the checkout has them beside it
@@ -350,3 +351,9 @@ def test_every_public_object_has_an_example_that_holds() -> None:
     for name in ["Paper", "Paper.code", "Paper.url", "Paper.done", "all", "find", "get", "parse"]:
         assert examples[name] > 0, name
     assert doctest.testmod(papers).failed == 0
+
+
+@pytest.mark.parametrize("paper", [paper for paper in papers.all() if layers(paper.objects)], ids=lambda p: p.code)
+def test_uses_are_what_trying_finds(paper: papers.Paper) -> None:
+    found = {use for layer in layers(paper.objects) for use in uses(layer)}
+    assert set(paper.uses) == found

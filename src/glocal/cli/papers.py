@@ -25,6 +25,7 @@ def papers(
     kind: Annotated[str | None, typer.Option(help=f"One of {', '.join(catalogue.KINDS)}.")] = None,
     domain: Annotated[str | None, typer.Option(help=f"One of {', '.join(catalogue.DOMAINS)}.")] = None,
     done: Annotated[bool, typer.Option("--done", help="Only those with an implementation and a proof.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Try how the layers of one paper can be used, now.")] = False,
 ) -> None:
     """List the papers whose attention systems this library carries, or show one in full."""
     for option, value, allowed in (("--kind", kind, catalogue.KINDS), ("--domain", domain, catalogue.DOMAINS)):
@@ -34,8 +35,12 @@ def papers(
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
     one = _named(words) if kind is None and domain is None and not done else None
     found = catalogue.find(words, kind=kind, domain=domain, done=True if done else None)
+    if verify and one is None:
+        fail("--verify", "names one paper: glocal papers S114 --verify")
     if one is not None:
         print_record(console, one)
+        if verify:
+            print_uses(console, one)
         others = [paper for paper in found if paper is not one]
         # A key may be a common word, so that a search for it is not lost.
         if others and not re.fullmatch(r"[sS]?[0-9]+", words):
@@ -101,6 +106,27 @@ def _print(console: Console, table: Table) -> None:
     typer.echo("\n".join(line.rstrip() for line in caught.get().splitlines()))
 
 
+def print_uses(console: Console, paper: catalogue.Paper) -> None:
+    """What each layer of a paper does in each use, tried on a dozen tokens."""
+    from glocal.inspect import layers, verify
+
+    console.print()
+    found = layers(paper.objects)
+    if not found:
+        console.print("It has no attention layer to try.")
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("layer", "use", "found"):
+        table.add_column(name, overflow="fold")
+    for layer in found:
+        for use in catalogue.USES:
+            verdict = verify(layer, use)
+            checks = [f"{name} {'holds' if good else 'FAILS'}" for name, good in verdict.checks.items()]
+            shown = Text(", ".join(checks)) if verdict.refused is None else Text(verdict.refused, style="dim")
+            table.add_row(layer.__name__, use, shown)
+    _print(console, table)
+
+
 def print_record(console: Console, paper: catalogue.Paper) -> None:
     """One paper, every field of it."""
     console.print(Text.assemble((f"{paper.code} {paper.key}", "bold"), "  ", paper.title), soft_wrap=True)
@@ -111,6 +137,7 @@ def print_record(console: Console, paper: catalogue.Paper) -> None:
         "domain": paper.domain,
         "summary": paper.summary,
         "objects": "\n".join(paper.objects) or "none yet",
+        "uses": ", ".join(paper.uses) + " (verified)" if paper.uses else "none verified",
         "deviations": paper.deviations or "none recorded",
         "proof": paper.proof or "none yet",
         "done": "yes" if paper.done else "no",

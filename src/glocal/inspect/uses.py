@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from glocal.nn import USES, Attention
 
-__all__ = ["Verdict", "reach", "uses", "verify"]
+__all__ = ["Verdict", "layers", "reach", "uses", "verify"]
 
 
 def reach(fn: Callable[[Tensor], Tensor], x: Tensor, *, seed: int = 0) -> Tensor:
@@ -98,6 +99,24 @@ def uses(kind: type[Attention]) -> tuple[str, ...]:
     ('noncausal-self', 'causal-self', 'noncausal-cross')
     """
     return tuple(use for use in USES if verify(kind, use).holds)
+
+
+def layers(objects: Iterable[str]) -> list[type[Attention]]:
+    """The attention layers among dotted names, such as a catalogue record's objects.
+
+    >>> layers(["glocal.nn.MixtureOfBlocksAttention", "glocal.cache.BlockCache"])
+    [<class 'glocal.nn.moba.MixtureOfBlocksAttention'>]
+    """
+    found = []
+    for name in objects:
+        module, _, attribute = name.rpartition(".")
+        try:
+            value = getattr(importlib.import_module(module), attribute, None)
+        except ImportError:
+            continue
+        if isinstance(value, type) and issubclass(value, Attention):
+            found.append(value)
+    return found
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -21,7 +21,7 @@ import tomllib
 from importlib import resources
 from typing import Any
 
-__all__ = ["DOMAINS", "KINDS", "Paper", "all", "find", "get", "parse"]
+__all__ = ["DOMAINS", "KINDS", "USES", "Paper", "all", "find", "get", "parse"]
 
 KINDS: tuple[str, ...] = (
     "operator",
@@ -48,6 +48,9 @@ DOMAINS: tuple[str, ...] = (
 )
 """What a paper is tried on; a record names exactly one of these."""
 
+USES: tuple[str, ...] = ("noncausal-self", "causal-self", "noncausal-cross", "causal-cross")
+"""How an attention layer can be used; a record names those that were verified by `glocal.inspect.verify`."""
+
 # The data file's fields and their types.
 _REQUIRED: dict[str, type] = {
     "number": int,
@@ -59,7 +62,7 @@ _REQUIRED: dict[str, type] = {
     "objects": list,
     "deviations": str,
 }
-_OPTIONAL: dict[str, type] = {"arxiv": str, "proof": str}
+_OPTIONAL: dict[str, type] = {"arxiv": str, "uses": list, "proof": str}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Paper:
     ``number`` (from 1) and ``key`` both name it; ``arxiv`` is its arXiv identifier without version, or None
     where none was verified; ``kinds`` and ``domain`` come from `KINDS` and `DOMAINS`; ``objects`` are the
     dotted names of what implements it, ``deviations`` tells where they differ from the paper, and ``proof``
-    is the file, relative to the root of the repository, that shows them working, or None.
+    is the file, relative to the root of the repository, that shows them working, or None. ``uses`` are those of
+    `USES` that its layers have, each of them verified by trying (`glocal.inspect.verify`).
 
     >>> get(64)  # doctest: +ELLIPSIS
     Paper(number=64, key='dina', title='Dilated Neighborhood Attention Transformer', arxiv='2209.15001', ...)
@@ -85,6 +89,7 @@ class Paper:
     objects: tuple[str, ...]
     deviations: str
     proof: str | None
+    uses: tuple[str, ...] = ()
 
     @property
     def code(self) -> str:
@@ -255,6 +260,8 @@ def _paper(record: dict[str, Any], where: str) -> Paper:
     for kind in record["kinds"]:
         _check_choice(f"{where}: field 'kinds'", kind, KINDS)
     _check_choice(f"{where}: field 'domain'", record["domain"], DOMAINS)
+    for use in record.get("uses", ()):
+        _check_choice(f"{where}: field 'uses'", use, USES)
     arxiv = record.get("arxiv")
     if arxiv is not None and not re.fullmatch(r"[0-9]{4}\.[0-9]{4,5}", arxiv):
         raise ValueError(f"{where}: field 'arxiv' is {arxiv!r}; write it as '2209.15001'")
@@ -270,6 +277,7 @@ def _paper(record: dict[str, Any], where: str) -> Paper:
         objects=tuple(record["objects"]),
         deviations=record["deviations"],
         proof=record.get("proof"),
+        uses=tuple(record.get("uses", ())),
     )
 
 
