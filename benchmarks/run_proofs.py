@@ -24,7 +24,7 @@ ROW = re.compile(r"^\| (?P<code>S\d{3}) ")
 HEAD = """# Small proofs
 
 What the papers claim, tried in minutes on one processor core. `make proofs` runs them all and writes this table; one
-alone is run by its file, for example `python benchmarks/proofs/s114_moba.py`. A claim that does not show at this size says so.
+alone is run by its file: `python benchmarks/proofs/s114_moba.py`. A claim that does not show at this size says so.
 
 | system | found | verdict | minutes | proof |
 | --- | --- | --- | --- | --- |

@@ -59,9 +59,7 @@ def main() -> None:
         "zebra",
         f"needle accuracy {mean['zebra']:.2f} with {share['zebra']:.0%} of the scores, {mean['all global']:.2f} all "
         f"global, {mean['all local']:.2f} all local",
-        mean["zebra"] >= mean["all global"] - 0.03
-        and mean["zebra"] >= mean["all local"] + 0.5
-        and share["zebra"] <= 0.4,
+        same and more and share["zebra"] <= 0.4,
     )
 
 

@@ -129,3 +129,13 @@ def test_bad_input_is_one_line(arguments, message):
 def test_filters_that_leave_nothing_are_no_error():
     output = run("dina", "--kind", "survey").stdout
     assert output == "0 of 119 systems, 0 done\n"
+
+
+def test_verify_tries_the_layers_of_one_paper() -> None:
+    output = run("S114", "--verify").stdout
+    lines = [line for line in output.splitlines() if line.startswith("MixtureOfBlocksAttention")]
+    assert len(lines) == 4 and "decoding holds" in output and "has no causal-cross form" in output
+
+
+def test_verify_needs_one_paper() -> None:
+    assert "names one paper" in run("--verify", code=2).output

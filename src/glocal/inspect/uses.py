@@ -32,8 +32,8 @@ def reach(fn: Callable[[Tensor], Tensor], x: Tensor, *, seed: int = 0) -> Tensor
         out = fn(x)
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out)
         tokens = (out * weights).sum(-1).flatten()
-        rows = [torch.autograd.grad(t, x, retain_graph=True)[0].abs().sum(-1).flatten() > 0 for t in tokens]
-    return torch.stack(rows)
+        found = [torch.autograd.grad(t, x, retain_graph=True, allow_unused=True)[0] for t in tokens]
+    return torch.stack([(torch.zeros_like(x) if g is None else g).abs().sum(-1).flatten() > 0 for g in found])
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,60 @@
 """Layers with learned weights, one file a mechanism or a close family; all fill in one frame, `Attention`."""
 
+from glocal.nn.aha import AllOrHereAttention, gate_rate
+from glocal.nn.asa import LatentSparseAttention, asa_layers
 from glocal.nn.block import MLP, Block, DropPath, SwiGLU
+from glocal.nn.block_sparse import BlockSparseAttention
+from glocal.nn.core_context import CoreContextAttention
+from glocal.nn.descriptor import DescriptorAttention, choose_keyframes
+from glocal.nn.dma import DynamicMaskAttention
 from glocal.nn.frame import USES, Attention, Call
+from glocal.nn.heavy import HeavyHitterAttention
+from glocal.nn.latent import LatentAttention
+from glocal.nn.less_is_more import LessIsMore, select_tokens, unified_topk
+from glocal.nn.longt5 import LongT5Attention
 from glocal.nn.moba import MixtureOfBlocksAttention
+from glocal.nn.multiwindow import MultiWindowAttention
+from glocal.nn.nats import NeuralAttentionSearch
+from glocal.nn.neighborhood import NeighborhoodAttention
+from glocal.nn.nsa import NativeSparseAttention
+from glocal.nn.prefix import PrefixGlobalAttention
 from glocal.nn.rope import Rope
+from glocal.nn.shifted import ShiftedSparseAttention
+from glocal.nn.uniba import UnidirectionalBlockAttention
 from glocal.nn.window import MultiScaleWindowAttention, SlidingWindowAttention
 
 __all__ = [
     "MLP",
     "USES",
+    "AllOrHereAttention",
     "Attention",
     "Block",
+    "BlockSparseAttention",
     "Call",
+    "CoreContextAttention",
+    "DescriptorAttention",
     "DropPath",
+    "DynamicMaskAttention",
+    "HeavyHitterAttention",
+    "LatentAttention",
+    "LatentSparseAttention",
+    "LessIsMore",
+    "LongT5Attention",
     "MixtureOfBlocksAttention",
     "MultiScaleWindowAttention",
+    "MultiWindowAttention",
+    "NativeSparseAttention",
+    "NeighborhoodAttention",
+    "NeuralAttentionSearch",
+    "PrefixGlobalAttention",
     "Rope",
+    "ShiftedSparseAttention",
     "SlidingWindowAttention",
     "SwiGLU",
+    "UnidirectionalBlockAttention",
+    "asa_layers",
+    "choose_keyframes",
+    "gate_rate",
+    "select_tokens",
+    "unified_topk",
 ]

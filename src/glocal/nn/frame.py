@@ -104,7 +104,8 @@ class Attention(nn.Module):
         self.causal, self.rope, self.dropout, self.backend = causal, rope, dropout, backend
         self.scale = self.head_dim**-0.5 if scale is None else scale
         if causal:
-            self._has_use("causal-self" if "causal-self" in self.uses else "causal-cross")
+            only_cross = "causal-self" not in self.uses and "causal-cross" in self.uses
+            self._has_use("causal-cross" if only_cross else "causal-self")
         kv_dim = dim if kv_dim is None else kv_dim
         self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(kv_dim, num_kv_heads * self.head_dim, bias=qkv_bias)
@@ -210,7 +211,7 @@ class Attention(nn.Module):
         x: Float[Tensor, "B *grid_q dim"],
         context: Float[Tensor, "B *grid_k kv_dim"] | None = None,
         *,
-        keys: Bool[Tensor, B * grid_k] | None = None,
+        keys: Bool[Tensor, "B *grid_k"] | None = None,
         positions: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "B *grid_q dim"]:
@@ -249,9 +250,10 @@ class Attention(nn.Module):
         if keys is not None and (keys.dtype != torch.bool or tuple(keys.shape) != real):
             raise ValueError(f"keys must be booleans {real}; it was {keys.dtype} {tuple(keys.shape)}")
         at_k = self.positions(tuple(kv.shape[1:-1]), start, x.device) if positions is None or cross else positions
-        at_q = at_k if not cross else at_k[-x.shape[1:-1].numel() :]
-        if positions is not None:
-            at_q = positions
+        at_q = at_k if positions is None else positions
+        if cross and positions is None:  # the last positions of the context
+            ahead = kv.shape[1] - x.shape[1] if x.dim() == 3 else 0
+            at_q = self.positions(tuple(x.shape[1:-1]), ahead, x.device)
         q, k, v = self.project(x, kv, at_q, at_k)
         call = Call(x, kv, None if keys is None else keys.flatten(1), cache, cross)
         mixed = self.mix(q, k, v, call) if cache is None else self._step(q, k, v, call, cache)

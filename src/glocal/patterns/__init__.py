@@ -4,6 +4,7 @@ from glocal.patterns.base import Complement, Intersection, Pattern, Union
 from glocal.patterns.boxes import Box, BoxForm, NoBoxForm, Spans
 from glocal.patterns.convert import from_flash, from_hf, from_natten
 from glocal.patterns.data import Between, Choose, Keys, PerHead, Selected, Where
+from glocal.patterns.hilbert import hilbert_order
 from glocal.patterns.order import Causal, Full, Prefix, Segments, Sinks, Tokens
 from glocal.patterns.schedules import is_global, multiscale_windows
 from glocal.patterns.text import parse
@@ -37,6 +38,7 @@ __all__ = [
     "from_flash",
     "from_hf",
     "from_natten",
+    "hilbert_order",
     "is_global",
     "multiscale_windows",
     "parse",

@@ -1,0 +1,146 @@
+"""H2O: the replay of the policy, and the layer that decodes with it, against loops over a stored attention matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from glocal.cache import HeavyHitters, WindowCache, replay
+from glocal.nn import Attention, HeavyHitterAttention, Rope
+from tests.nn.layers import by_mask, project, steps
+
+
+def brute_force(q, k, heavy, recent, scale):
+    """The mask from the stored ``(N, N)`` matrix of full attention, by loops: ``(B, Hkv, N, N)``."""
+    batch, heads, length, _ = q.shape
+    group = heads // k.shape[1]
+    stored = (q @ k.repeat_interleave(group, 1).mT * scale).masked_fill(
+        ~torch.ones(length, length, dtype=torch.bool).tril(), -torch.inf
+    )
+    stored = stored.softmax(-1)
+    mask = torch.zeros(batch, k.shape[1], length, length, dtype=torch.bool)
+    for b in range(batch):
+        for h in range(k.shape[1]):
+            kept, sums = [], {}
+            for i in range(length):
+                kept.append(i)
+                sums[i] = 0.0
+                mask[b, h, i, kept] = True
+                for g in range(h * group, (h + 1) * group):
+                    row = stored[b, g, i, kept]
+                    for j, weight in zip(kept, (row / row.sum()).tolist(), strict=True):
+                        sums[j] += weight
+                if len(kept) > heavy + recent:
+                    old = kept[: len(kept) - recent]
+                    best = sorted(old, key=lambda j: (-sums[j], j))[:heavy]
+                    kept = sorted(best) + kept[len(kept) - recent :]
+    return mask
+
+
+def qkv(length=48, heads=4, kv_heads=2, batch=2):
+    torch.manual_seed(0)
+    q = torch.randn(batch, heads, length, 8, dtype=torch.float64)
+    k, v = torch.randn(2, batch, kv_heads, length, 8, dtype=torch.float64)
+    return 2 * q, k, v
+
+
+@pytest.mark.parametrize(("heavy", "recent"), [(4, 8), (6, 1), (5, 0), (0, 6), (0, 0)])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_replay_equals_loops_over_the_stored_matrix(heavy, recent, kv_heads):
+    q, k, v = qkv(kv_heads=kv_heads)
+    mask = replay(lambda: HeavyHitters(heavy, recent), k, v, queries=q)
+    assert torch.equal(mask, brute_force(q, k, heavy, recent, 8**-0.5))
+    assert int(mask.sum(-1).max()) == heavy + recent + 1
+
+
+def test_the_choice_differs_between_items_and_heads_and_from_a_window():
+    q, k, v = qkv()
+    mask = replay(lambda: HeavyHitters(4, 8), k, v, queries=q)
+    assert not torch.equal(mask[0], mask[1]) and not torch.equal(mask[:, 0], mask[:, 1])
+    only_recent = replay(lambda: HeavyHitters(0, 12), k, v, queries=q)
+    assert torch.equal(only_recent, replay(lambda: WindowCache(13), k, v))
+    assert not torch.equal(mask, only_recent)
+    alone = replay(lambda: HeavyHitters(4, 8), k[1:], v[1:], queries=q[1:])
+    assert torch.equal(alone[0], mask[1])
+
+
+def test_a_hot_token_stays_and_a_cold_one_goes():
+    k, q = torch.zeros(1, 1, 20, 1, dtype=torch.float64), torch.ones(1, 1, 20, 1, dtype=torch.float64)
+    k[:, :, 3] = 5
+    last = replay(lambda: HeavyHitters(1, 2), k, k, queries=q)[0, 0, -1]
+    assert last.nonzero().flatten().tolist() == [3, 17, 18, 19]
+
+
+def test_many_tokens_at_once_are_as_good_as_one_by_one():
+    q, k, v = qkv()
+    at_once, one_by_one = HeavyHitters(3, 4), HeavyHitters(3, 4)
+    at_once.update(k, v, queries=q)
+    for t in range(48):
+        at = slice(t, t + 1)
+        one_by_one.update(k[:, :, at], v[:, :, at], queries=q[:, :, at])
+    for a, b in zip(at_once.tensors(), one_by_one.tensors(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert at_once.seen == 48 and at_once.kept()[0].k.shape[2] == 8
+    torch.testing.assert_close(at_once.kept()[0].k, k.gather(2, at_once.position[..., None].expand(-1, -1, -1, 8)))
+
+
+def layer(heavy, recent, **options):
+    torch.manual_seed(1)
+    made = HeavyHitterAttention(32, 4, heavy=heavy, recent=recent, rope=Rope(), num_kv_heads=2, **options).double()
+    torch.nn.init.normal_(made.q_proj.weight, std=0.5)  # attention that is not flat
+    return made.eval()
+
+
+@pytest.mark.parametrize("prompt", [0, 20])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.7, "qk_norm": "rms"}])
+def test_layer_decodes_by_the_replayed_mask(prompt, options):
+    made, x = layer(4, 6, **options), torch.randn(2, 40, 32, dtype=torch.float64)
+    q, k, _ = project(made, x)
+    mask = brute_force(q, k, 4, 6, made.scale).repeat_interleave(2, 1)
+    with torch.no_grad():
+        out, cache = steps(made, x, prompt)
+    torch.testing.assert_close(out, by_mask(made, x, mask))
+    torch.testing.assert_close(made(x), by_mask(made, x, mask))
+    assert cache.kept()[0].k.shape[2] == 11
+
+
+def test_gradients_pass_through_what_was_kept():
+    made, x = layer(4, 6), torch.randn(1, 24, 32, dtype=torch.float64, requires_grad=True)
+    q, k, _ = project(made, x)
+    mask = brute_force(q, k, 4, 6, made.scale).repeat_interleave(2, 1)
+    weights = torch.randn_like(x)
+    found = [torch.autograd.grad((out * weights).sum(), x)[0] for out in (made(x), by_mask(made, x, mask))]
+    torch.testing.assert_close(*found)
+
+
+def test_a_budget_that_covers_the_sequence_is_full_attention():
+    x = torch.randn(2, 40, 32, dtype=torch.float64)
+    for heavy, recent in ((20, 19), (0, 39), (39, 0)):
+        made = layer(heavy, recent)
+        full = Attention(32, 4, num_kv_heads=2, causal=True, rope=Rope()).double()
+        full.load_state_dict(made.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(made(x), full(x))
+            torch.testing.assert_close(steps(made, x)[0], full(x))
+
+
+def test_memory_does_not_grow():
+    made = layer(4, 6).float()
+    cache = made.new_cache()
+    with torch.no_grad():
+        made(torch.randn(1, 30, 32), cache=cache)
+        before = cache.nbytes
+        made(torch.randn(1, 30, 32), cache=cache)
+    assert cache.nbytes == before and cache.seen == 60
+
+
+def test_errors_name_the_argument():
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match="queries must be"):
+        HeavyHitters(1, 1).update(k, v)
+    with pytest.raises(ValueError, match="queries must be"):
+        HeavyHitters(1, 1).update(k, v, queries=q[:, :3])
+    with pytest.raises(ValueError, match="recent must not be negative; it was -1"):
+        HeavyHitterAttention(32, 4, recent=-1)
+    with pytest.raises(ValueError, match=r"keys \(padding\)"):
+        layer(4, 6)(torch.randn(1, 8, 32, dtype=torch.float64), keys=torch.ones(1, 8, dtype=torch.bool))

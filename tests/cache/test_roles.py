@@ -1,0 +1,82 @@
+"""NATS: what the policy keeps, token by token, against the mask written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from glocal.cache import FullCache, TokenRoles, WindowCache, replay
+
+
+def visible(roles, window):
+    """The mask by three loops over the definition, for one head."""
+    length = len(roles)
+    ends = []  # the first global token from each one on
+    for j in range(length):
+        ends.append(next((t for t in range(j, length) if roles[t] == 0), length))
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    for i in range(length):
+        for j in range(i + 1):
+            mask[i, j] = roles[j] == 0 or (roles[j] == 1 and i <= ends[j]) or (roles[j] == 2 and i <= j + window)
+    return mask
+
+
+def keys(heads=3, length=48, batch=2):
+    torch.manual_seed(0)
+    return torch.randn(2, batch, heads, length, 4)
+
+
+@pytest.mark.parametrize("window", [0, 5, 100])
+@pytest.mark.parametrize("shares", [(1, 1, 1), (1, 8, 4), (0, 1, 1)])
+def test_replay_equals_the_mask_written_out(window, shares):
+    k, v = keys()
+    roles = torch.multinomial(torch.tensor(shares).float(), 2 * 3 * 48, replacement=True).view(2, 3, 48)
+    mask = replay(lambda: TokenRoles(window), k, v, roles=roles)
+    for b in range(2):
+        for h in range(3):
+            assert torch.equal(mask[b, h], visible(roles[b, h].tolist(), window))
+
+
+def test_limits_are_the_full_cache_and_the_window():
+    k, v = keys()
+    for role, policy in ((0, FullCache), (1, FullCache), (2, lambda: WindowCache(6))):
+        roles = torch.full(k.shape[:-1], role)
+        assert torch.equal(replay(lambda: TokenRoles(5), k, v, roles=roles), replay(policy, k, v))
+
+
+def test_many_tokens_at_once_are_as_good_as_one_by_one():
+    k, v = keys()
+    roles = torch.randint(3, k.shape[:-1])
+    at_once, one_by_one = TokenRoles(4), TokenRoles(4)
+    at_once.update(k, v, roles=roles)
+    for t in range(48):
+        at = slice(t, t + 1)
+        one_by_one.update(k[:, :, at], v[:, :, at], roles=roles[:, :, at])
+    for a, b in zip(at_once.kept(), one_by_one.kept(), strict=True):
+        assert a.heads == b.heads and torch.equal(a.position, b.position)
+        real = (a.position >= 0)[..., None]
+        assert torch.equal(a.k * real, b.k * real) and torch.equal(a.v * real, b.v * real)
+
+
+def test_each_head_holds_what_it_needs_and_the_right_entries():
+    k, v = keys(heads=3)
+    roles = torch.stack([torch.zeros(48), torch.full((48,), 2), torch.full((48,), 2)]).long().expand(2, 3, 48)
+    cache = TokenRoles(3)
+    cache.update(k, v, roles=roles)
+    narrow, wide = cache.kept()
+    assert narrow.heads == (1, 2) and narrow.k.shape[2] == 4
+    assert wide.heads == (0,) and wide.k.shape[2] == 48
+    assert torch.equal(narrow.k, k[:, 1:, -4:]) and torch.equal(wide.v, v[:, :1])
+    full = FullCache()
+    full.update(k, v)
+    assert cache.nbytes < full.nbytes
+
+
+def test_errors_name_the_argument():
+    k, v = keys()
+    with pytest.raises(ValueError, match="window must not be negative; it was -1"):
+        TokenRoles(-1)
+    with pytest.raises(ValueError, match="roles must be integers"):
+        TokenRoles(1).update(k, v)
+    with pytest.raises(ValueError, match="roles must be integers"):
+        TokenRoles(1).update(k, v, roles=torch.zeros(2, 3, 48))
