@@ -135,3 +135,12 @@ def test_heads_share():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@given(st.integers(0, 2**31), st.integers(1, 9), st.integers(0, 9))
+def test_ties_may_go_to_the_last(seed, n, count):
+    generator = torch.Generator().manual_seed(seed)
+    scores, allowed = torch.randint(3, (n,), generator=generator).float(), torch.rand(n, generator=generator) > 0.4
+    order = [j for j in sorted(range(n), key=lambda j: (-float(scores[j]), -j)) if allowed[j]][:count]
+    found = condense.best(scores, count, allowed=allowed, ties="last")
+    assert found.tolist() == order + [-1] * (min(count, n) - len(order))

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from glocal.bench.needle import Needle, train_needle
-from glocal.bench.verdict import verdict
 from glocal.nn import Attention, Rope, SlidingWindowAttention
+from glocal.papers.verdict import verdict
 from glocal.patterns import Causal, Sliding, is_global
 
 DEPTH, WINDOW = 4, 8

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from glocal.bench.bytes import library_source, train_bytes
-from glocal.bench.verdict import verdict
 from glocal.cache import Cache, HeavyHitters
 from glocal.models.language.transformer import Transformer
 from glocal.nn import Attention, HeavyHitterAttention, Rope, ShiftedSparseAttention
+from glocal.papers.verdict import verdict
 
 LENGTH, PIECES, BUDGETS = 256, 16, (26, 52, 102)
 

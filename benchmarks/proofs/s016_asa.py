@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from glocal.bench.needle import VOCAB, Needle, train_needle
-from glocal.bench.verdict import verdict
 from glocal.models.language.transformer import Transformer
 from glocal.nn import Attention, NativeSparseAttention, Rope, SlidingWindowAttention, asa_layers
+from glocal.papers.verdict import verdict
 
 DEPTH, DIM, HEADS, TOKENS = 4, 64, 4, 4096
 TASK = Needle(64, 32)

@@ -15,9 +15,9 @@ from itertools import pairwise
 import torch
 
 from glocal.bench.bytes import bits_per_byte, train_bytes
-from glocal.bench.verdict import verdict
 from glocal.models.language.transformer import Transformer
 from glocal.nn import AllOrHereAttention, Attention, Rope, gate_rate
+from glocal.papers.verdict import verdict
 
 LENGTH, WINDOWS, PENALTY = 192, (8, 16, 32, 64), 0.02
 

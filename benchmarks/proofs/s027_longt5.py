@@ -14,8 +14,8 @@ import argparse
 import torch
 
 from glocal.bench.needle import CLASSES, Needle, train_needle
-from glocal.bench.verdict import verdict
 from glocal.nn import LongT5Attention
+from glocal.papers.verdict import verdict
 
 LENGTH, RADIUS, SIZE = 128, 7, 8
 

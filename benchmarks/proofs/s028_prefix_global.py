@@ -15,8 +15,8 @@ import argparse
 import torch
 
 from glocal.bench.needle import Needle, train_needle
-from glocal.bench.verdict import verdict
 from glocal.nn import PrefixGlobalAttention
+from glocal.papers.verdict import verdict
 
 LENGTH, PREFIX, RADIUS = 128, 8, 7
 

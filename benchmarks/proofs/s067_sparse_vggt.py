@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from glocal.bench.verdict import verdict
 from glocal.nn import Attention, BlockSparseAttention
+from glocal.papers.verdict import verdict
 from glocal.patterns import Selected
 
 VIEWS, SIDE, SPECIAL, DIM, KEPT = 6, 24, 5, 64, (0.5, 0.25, 0.1)

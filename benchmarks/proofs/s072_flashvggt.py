@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from glocal.bench.verdict import verdict
 from glocal.nn import Attention, DescriptorAttention
+from glocal.papers.verdict import verdict
 
 VIEWS, SIDE, SPECIAL, DIM, FACTORS = 6, 24, 5, 64, (2, 3, 4)
 

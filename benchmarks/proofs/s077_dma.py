@@ -5,7 +5,8 @@
 The needle task (`glocal.bench.needle`), 128 symbols with the class symbol at least 64 away, two layers: 16 keys chosen
 by value score, against a sliding window of 16 keys (it reaches 31 symbols) and full attention, equal steps. Then, in
 the networks that solved it, how often a head ranks the class symbol among its best 16 of all keys; chance is 1 in 8.
-Two seeds, where the design asks for three. Shi et al., 2025, arXiv 2508.02124.
+``A`` starts at a spread of 0.5: at the layer's own 0.02 scores change so slowly that not every seed gets
+there in 700 steps. Two seeds, where the design asks for three. Shi et al., 2025, arXiv 2508.02124.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from glocal.bench.needle import Found, Needle, train_needle
-from glocal.bench.verdict import verdict
 from glocal.cache.selected import latest_best
 from glocal.nn import Attention, DynamicMaskAttention, Rope, SlidingWindowAttention
+from glocal.papers.verdict import verdict
 
 KEYS = 16
 
@@ -48,8 +49,13 @@ def main() -> None:
 
     rope = Rope()
 
+    def chosen(dim: int) -> nn.Module:
+        layer = DynamicMaskAttention(dim, 4, top_k=KEYS, causal=True, rope=rope)
+        nn.init.normal_(layer.A, std=0.5)
+        return layer
+
     kinds: dict[str, Callable[[int], nn.Module]] = {
-        "chosen": lambda dim: DynamicMaskAttention(dim, 4, top_k=KEYS, causal=True, rope=rope),
+        "chosen": chosen,
         "window": lambda dim: SlidingWindowAttention(dim, 4, window=KEYS, causal=True, rope=rope, qk_norm="rms"),
         "full": lambda dim: Attention(dim, 4, causal=True, rope=rope, qk_norm="rms"),
     }
@@ -68,8 +74,8 @@ def main() -> None:
     verdict(
         "dma",
         f"needle accuracy {mean['chosen']:.2f} with {KEYS} chosen keys, {mean['window']:.2f} with a window of {KEYS}, "
-        f"{mean['full']:.2f} full; in the networks that solve it the best head of each layer keeps the class symbol in at least "
-        f"{least:.0%} of samples (chance {KEYS / 128:.1%})",
+        f"{mean['full']:.2f} full; where solved, the best head of each layer keeps the class symbol in {least:.0%} "
+        f"of samples or more (chance {KEYS / 128:.1%})",
         mean["chosen"] > mean["window"] + 0.3 and least > 0.9,
     )
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from glocal.bench.verdict import verdict
+from glocal.papers.verdict import verdict
 from glocal.patterns import Full, Pattern, Window
 from glocal.patterns.cost import Cost, simulate
 

@@ -21,8 +21,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from glocal.bench.verdict import verdict
 from glocal.models.audio.mwmae import SpectrogramMAE, head_reach, pwcca
+from glocal.papers.verdict import verdict
 
 TEST, HEADS = 500, 8
 PLAIN = (0,) * HEADS
@@ -115,7 +115,7 @@ def main() -> None:
     verdict(
         "mwmae",
         f"linear probe on digits {100 * multi:.1f} % with windows in the decoder, {100 * plain:.1f} % with global "
-        f"heads only, {100 * raw:.1f} % untrained ({options.seeds} seeds); rank correlation of window and mean distance "
+        f"heads only, {100 * raw:.1f} % untrained ({options.seeds} seeds); rank correlation of window and distance "
         f"{rank:.2f}; PWCCA across layers {same:.2f} for equal windows, {other:.2f} for others",
         multi >= plain - 0.01 and min(row[3] for row in rows) > 0.9 and same > other,
     )

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from glocal.bench.bytes import VOCAB, library_source
-from glocal.bench.verdict import verdict
 from glocal.models.language.transformer import Transformer
 from glocal.nn import Attention, CoreContextAttention, Rope, SlidingWindowAttention
+from glocal.papers.verdict import verdict
 
 LENGTH, GROUP, WINDOW, COPIED, GAP = 256, 8, 32, 96, 64
 KEYS = WINDOW + LENGTH // GROUP

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from glocal.bench.bytes import library_source, train_bytes
-from glocal.bench.verdict import verdict
 from glocal.condense import best
 from glocal.models.language.transformer import Transformer
 from glocal.nn import Attention, LessIsMore, Rope
+from glocal.papers.verdict import verdict
 
 LENGTH, DECODED, TEXTS, BUDGETS, DEPTH, HEADS = 256, 64, 8, (32, 64, 128), 6, 8
 START, CORRECTION = 1, 3

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from glocal.bench.bytes import bits_per_byte, train_bytes
-from glocal.bench.verdict import verdict
 from glocal.models.language.transformer import Transformer
 from glocal.nn import MultiScaleWindowAttention, Rope
+from glocal.papers.verdict import verdict
 from glocal.patterns import multiscale_windows
 
 DEPTH, HEADS, WINDOW = 4, 8, 16

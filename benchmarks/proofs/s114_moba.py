@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from glocal.bench.needle import train_needle
-from glocal.bench.verdict import verdict
 from glocal.condense import best, pool_blocks
 from glocal.nn import Attention, MixtureOfBlocksAttention, Rope, SlidingWindowAttention
+from glocal.papers.verdict import verdict
 
 KEYS, TRIALS, BLOCKS = 1024, 2000, (8, 16, 32, 64)
 

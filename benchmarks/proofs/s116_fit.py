@@ -4,7 +4,7 @@
 
 Pictures of 32 x 32 pixels in 16 groups of 8 x 8; the first and the last group hold a handwritten 0 or 1 (scikit-learn's
 digits), the others noise; are the two the same? FIT "(1)2(1)" against local layers only, "(2)" (as many local layers)
-and "(4)" (as many layers), all with a mean over what the last layers give and a linear classifier. Then the FLOPs of all
+and "(4)" (as many layers), all with a mean over what the last layers give and a linear classifier. Then the FLOPs of
 attention in a forward pass, counted from its calls, with groups of the cube root of N. Smaller than in the catalogue's
 plan: two digits of ten, digits at their own size, patches of 4 x 4, N nearest to 1,024, 4,096 and 16,384 that divides.
 Chen and Li, 2023, arXiv 2305.12689.
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from glocal.attention import explain
-from glocal.bench.verdict import verdict
 from glocal.models.vision.fit import FIT, FITImage
 from glocal.nn import Attention
+from glocal.papers.verdict import verdict
 
 LAYERS = ("(1)2(1)", "(2)", "(4)")
 LENGTHS = ((10, 102), (16, 256), (25, 655))  # tokens of a group, groups
@@ -45,9 +45,9 @@ def batch(pool: dict[int, Tensor], size: int, generator: torch.Generator) -> tup
 def train(layers: str, pools: tuple[dict[int, Tensor], dict[int, Tensor]], steps: int, seed: int) -> tuple[float, int]:
     """Share of right answers on 512 held-out pictures, and the steps taken."""
     torch.manual_seed(seed)
-    sizes: dict[str, Any] = {"dim": 32, "latent_dim": 32, "num_heads": 4, "latent_heads": 4, "latents": 2}
+    sizes: dict[str, Any] = {"dim": 48, "latent_dim": 48, "num_heads": 4, "latent_heads": 4, "latents": 4}
     model = FITImage(layers, 32, group=(2, 2), patch=4, channels=1, classes=2, **sizes)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(seed)
     x, y = batch(pools[1], 512, torch.Generator().manual_seed(100 + seed))
 
@@ -57,7 +57,7 @@ def train(layers: str, pools: tuple[dict[int, Tensor], dict[int, Tensor]], steps
 
     step = 0
     for step in range(1, steps + 1):
-        pictures, same = batch(pools[0], 64, generator)
+        pictures, same = batch(pools[0], 32, generator)
         loss = cross_entropy(model(pictures), same)
         optimizer.zero_grad()
         loss.backward()

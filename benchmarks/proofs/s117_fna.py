@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from glocal import Window, attend
-from glocal.bench.verdict import verdict
 from glocal.kernels.neighborhood import neighborhood_attention
+from glocal.papers.verdict import verdict
 
 GRID, HEADS, DIM, SIZES = (64, 64), 4, 32, (7, 13, 21)
 

@@ -23,6 +23,7 @@ __all__ = [
     "pool_blocks",
     "pool_overlapping",
     "share_heads",
+    "take",
     "weigh_blocks",
 ]
 
@@ -203,13 +204,14 @@ def share_heads(
     return grouped.sum(2) if how == "sum" else grouped.mean(2)
 
 
-def best(scores: Float[Tensor, "*lead n"], count: int, *, allowed: Tensor | None = None) -> Tensor:
+def best(scores: Float[Tensor, "*lead n"], count: int, *, allowed: Tensor | None = None, ties: str = "first") -> Tensor:
     """The places of the ``count`` highest scores, best first; ties go to the lowest place.
 
     Args:
         scores: ``(..., n)``.
         count: how many at most.
         allowed: booleans that broadcast to ``(..., n)``; the others are never chosen.
+        ties: ``"last"`` lets ties go to the highest place, the most recent token.
 
     Returns:
         Integers ``(..., min(count, n))``, -1 where fewer were allowed.
@@ -218,8 +220,15 @@ def best(scores: Float[Tensor, "*lead n"], count: int, *, allowed: Tensor | None
     [1, 2, 3]
     >>> best(torch.tensor([1.0, 3.0]), 2, allowed=torch.tensor([True, False])).tolist()
     [0, -1]
+    >>> best(torch.tensor([1.0, 3.0, 3.0, 2.0]), 1, ties="last").tolist()
+    [2]
     """
     _positive(count, "count", least=0)
+    if ties not in ("first", "last"):
+        raise ValueError(f"ties must be 'first' or 'last'; it was {ties!r}")
+    if ties == "last":
+        found = best(scores.flip(-1), count, allowed=None if allowed is None else allowed.flip(-1))
+        return torch.where(found < 0, -1, scores.shape[-1] - 1 - found)
     scores = scores.detach().to(_wide(scores.dtype))
     # A NaN compares with nothing; as the lowest score it cannot crowd out the others.
     scores = torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
@@ -258,6 +267,14 @@ def choose_blocks(
         scores = torch.where(forced, torch.inf, scores.detach().to(_wide(scores.dtype)))
         allowed = None if allowed is None else allowed | forced
     return best(scores, count, allowed=allowed)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens ``index (B, heads, K)`` of ``x (B, heads, N)`` or ``(B, heads, N, D)``; -1 takes some token."""
+    index = index.clamp(min=0)
+    if x.dim() > index.dim():
+        index = index.unsqueeze(-1).expand(*index.shape, x.shape[-1])
+    return x.gather(2, index)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

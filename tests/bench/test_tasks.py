@@ -12,9 +12,9 @@ import torch
 
 from glocal.bench.bytes import bits_per_byte, library_source, train_bytes
 from glocal.bench.needle import CLASSES, FILLER, READ, Needle, train_needle
-from glocal.bench.verdict import verdict
 from glocal.models.language.transformer import Transformer
 from glocal.nn import Attention, Rope, SlidingWindowAttention
+from glocal.papers.verdict import verdict
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from glocal.cache import BestTokens, SelectedTokens, replay
-from glocal.cache.selected import latest_best
+from glocal.condense import best
 
 
 def kv(length=12, batch=2, heads=2):
@@ -102,6 +102,6 @@ def test_best_tokens_need_scores():
 
 def test_ties_go_to_the_last_allowed_place():
     scores = torch.tensor([2.0, 1.0, 2.0, 2.0])
-    assert latest_best(scores, 2).tolist() == [3, 2]
-    assert latest_best(scores, 3, allowed=torch.tensor([True, True, True, False])).tolist() == [2, 0, 1]
-    assert latest_best(scores, 2, allowed=torch.tensor([False, True, False, False])).tolist() == [1, -1]
+    assert best(scores, 2, ties="last").tolist() == [3, 2]
+    assert best(scores, 3, allowed=torch.tensor([True, True, True, False]), ties="last").tolist() == [2, 0, 1]
+    assert best(scores, 2, allowed=torch.tensor([False, True, False, False]), ties="last").tolist() == [1, -1]

@@ -199,7 +199,7 @@ def test_errors_name_the_argument():
     for name in ("group_size", "window"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1; it was 0"):
             CoreContextAttention(16, 2, **{name: 0})
-    with pytest.raises(ValueError, match="fusion must be .* it was 'sum'"):
+    with pytest.raises(ValueError, match=r"fusion must be .* it was 'sum'"):
         CoreContextAttention(16, 2, fusion="sum")
     with pytest.raises(ValueError, match="group_bias must be False"):
         CoreContextAttention(16, 2, fusion="mean", group_bias=True)

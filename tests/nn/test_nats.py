@@ -217,12 +217,15 @@ def test_lifetimes_in_closed_form():
         assert float(layer.lifetime()) == pytest.approx(value / length / length)
     layer = make()
     layer(sample(length))
+    layer.last.requires_grad_()
+    (grad,) = torch.autograd.grad(layer.lifetime(), layer.last)
     total = 0
-    for roles in layer.last.argmax(-1).flatten(0, 1).tolist():
+    for roles, pulls in zip(layer.last.argmax(-1).flatten(0, 1).tolist(), grad.flatten(0, 1), strict=True):
         for j, role in enumerate(roles):
             end = next((t for t in range(j + 1, length) if roles[t] == 0), length - 1)
             total += (length - j, end - j, 0)[role]
-    assert float(layer.lifetime()) == pytest.approx(total / length / length / 4)
+            assert (pulls[j] * length**2 * 4).tolist() == pytest.approx([length - j, end - j, 0])
+    assert layer.lifetime().item() == pytest.approx(total / length / length / 4)
 
 
 def test_padding_closes_no_segment():

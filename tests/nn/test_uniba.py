@@ -159,9 +159,9 @@ def test_roles_start_at_zero_and_learn():
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="block_size must be at least 1; it was 0"):
         UnidirectionalBlockAttention(16, 2, block_size=0)
-    with pytest.raises(ValueError, match="border must be .* it was 'zero'"):
+    with pytest.raises(ValueError, match=r"border must be .* it was 'zero'"):
         UnidirectionalBlockAttention(16, 2, border="zero")
-    with pytest.raises(ValueError, match="direction must be .* it was 'tl'"):
+    with pytest.raises(ValueError, match=r"direction must be .* it was 'tl'"):
         UnidirectionalBlockAttention(16, 2, direction="tl")
     layer = make(4)
     for shape in ((1, 8, 10, 16), (1, 0, 4, 16)):

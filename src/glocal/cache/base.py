@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ class Cache(ABC):
     ``(B, heads, n, ...)`` with one entry a token.
     """
 
-    complete: ClassVar[bool] = False
+    complete: bool = False
     """Whether every token is kept, so that the parallel form can run on what is kept."""
 
     def __init__(self) -> None:

@@ -35,7 +35,7 @@ class LatentCache(Cache):
     def __init__(self, inner: Cache | None = None) -> None:
         super().__init__()
         self.inner = FullCache() if inner is None else inner
-        self.complete = self.inner.complete  # type: ignore[misc]
+        self.complete = self.inner.complete
         self._groups = 1
 
     def update(self, k: Tensor, v: Tensor, **signals: Tensor) -> None:

@@ -6,22 +6,9 @@ import torch
 from torch import Tensor
 
 from glocal.cache.base import Cache, FullCache, Kept
-from glocal.condense import best
-from glocal.shapes import Bool, Float
+from glocal.condense import best, take
 
-__all__ = ["BestTokens", "SelectedTokens", "latest_best"]
-
-
-def latest_best(
-    scores: Float[Tensor, "*lead n"], count: int, *, allowed: Bool[Tensor, "*any n"] | None = None
-) -> Tensor:
-    """As `glocal.condense.best`, but ties go to the highest place: the most recent token.
-
-    >>> latest_best(torch.tensor([1.0, 3.0, 3.0, 2.0]), 1).tolist()
-    [2]
-    """
-    found = best(scores.flip(-1), count, allowed=None if allowed is None else allowed.flip(-1))
-    return torch.where(found < 0, -1, scores.shape[-1] - 1 - found)
+__all__ = ["BestTokens", "SelectedTokens"]
 
 
 class SelectedTokens(FullCache):
@@ -103,7 +90,7 @@ class BestTokens(Cache):
         if self._held:
             held = tuple(torch.cat(pair, 2) for pair in zip(self._held, held, strict=True))
         if held[0].shape[2] > self.top_k:
-            index = latest_best(held[2], self.top_k).sort(-1).values
+            index = best(held[2], self.top_k, ties="last").sort(-1).values
             held = tuple(take(t, index) for t in held)
         self._held, self.seen = held, self.seen + k.shape[2]
 
@@ -120,11 +107,3 @@ class BestTokens(Cache):
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self._held[:3]
-
-
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """The tokens ``index (B, heads, K)`` of ``x (B, heads, N)`` or ``(B, heads, N, D)``; -1 takes some token."""
-    index = index.clamp(min=0)
-    if x.dim() > index.dim():
-        index = index.unsqueeze(-1).expand(*index.shape, x.shape[-1])
-    return x.gather(2, index)

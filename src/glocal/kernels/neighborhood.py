@@ -243,6 +243,7 @@ def _check(x: Tensor, y: Tensor, where: Window, path: str, *names: str) -> Grid:
 
 # Three operators, bilinear, each of which has the other two as its derivatives: scores (qk), values (av), and the sum
 # over the inverse neighborhood, spread[j] = sum of a[i, place of j] x[i] over the queries i that see j.
+# Scores are 0 at places without a key, and weights must be.
 
 
 class _Operator(torch.autograd.Function):
@@ -299,8 +300,8 @@ def _values_naive(a: Tensor, v: Tensor, where: Window) -> Tensor:
     grid = tuple(v.shape[2:-1])
     flat_a, flat_v = a.flatten(2, -2), v.flatten(2, -2)
     out = torch.zeros_like(flat_v, memory_format=torch.contiguous_format)
-    for number, keys, live in _one_by_one(where, grid, a.device):
-        out += (flat_a[..., number] * live).unsqueeze(-1) * flat_v[:, :, keys]
+    for number, keys, _ in _one_by_one(where, grid, a.device):
+        out += flat_a[..., number, None] * flat_v[:, :, keys]
     return out.view(*out.shape[:2], *grid, -1)
 
 
@@ -375,9 +376,8 @@ def _scores_windowed(q: Tensor, k: Tensor, where: Window) -> Tensor:
 def _dense(a: Tensor, tile: _Tile) -> Tensor:
     """Weights of a tile over all keys of its halo, ``(B, H, queries, keys)``."""
     part = _part(a, tile.rows)
-    part = part if tile.live is None else part * tile.live
     keys = math.prod(len(range(k.start, k.stop, k.step)) for k in tile.keys)
-    # Places without a key point at the first one, with weight 0: hence add.
+    # Places without a key have weight 0 and point at the window's first: hence add.
     return part.new_zeros(*part.shape[:-1], keys).scatter_add_(-1, tile.place.expand_as(part), part)
 
 

@@ -2,7 +2,7 @@
 
 from glocal.nn.aha import AllOrHereAttention, gate_rate
 from glocal.nn.asa import LatentSparseAttention, asa_layers
-from glocal.nn.block import MLP, Block, DropPath, SwiGLU
+from glocal.nn.block import MLP, Block, DropPath, GatedGELU, SwiGLU
 from glocal.nn.block_sparse import BlockSparseAttention
 from glocal.nn.core_context import CoreContextAttention
 from glocal.nn.descriptor import DescriptorAttention, choose_keyframes
@@ -35,6 +35,7 @@ __all__ = [
     "DescriptorAttention",
     "DropPath",
     "DynamicMaskAttention",
+    "GatedGELU",
     "HeavyHitterAttention",
     "LatentAttention",
     "LatentSparseAttention",

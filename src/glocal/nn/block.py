@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from glocal.cache import Cache
 
-__all__ = ["MLP", "Block", "DropPath", "SwiGLU"]
+__all__ = ["MLP", "Block", "DropPath", "GatedGELU", "SwiGLU"]
 
 
 class MLP(nn.Module):
@@ -40,6 +40,21 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., dim)`` to ``(..., dim)``."""
         out: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class GatedGELU(nn.Module):
+    """The feed-forward of T5 1.1: ``wo(gelu(wi_0(x)) * wi_1(x))``, GELU by tanh. Shazeer, 2020, arXiv 2002.05202."""
+
+    def __init__(self, dim: int, hidden: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.wi_0, self.wi_1 = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
+        self.wo = nn.Linear(hidden, dim, bias=False)
+        self.act, self.drop = nn.GELU(approximate="tanh"), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., dim)`` to ``(..., dim)``."""
+        out: Tensor = self.drop(self.wo(self.drop(self.act(self.wi_0(x)) * self.wi_1(x))))
         return out
 
 

@@ -93,7 +93,8 @@ class CoreContextAttention(Attention):
 
     def pooling_query(self, q: Tensor) -> Tensor:
         """The query that a group's last token pools with: ``q (B, H, N, D)``, its mean for each key head."""
-        return q.unflatten(1, (self.num_kv_heads, -1)).mean(2)
+        shared: Tensor = q.unflatten(1, (self.num_kv_heads, -1)).mean(2)
+        return shared
 
     def turned(self, k: Tensor, start: int) -> Tensor:
         """Keys as rotated to the last position of their group; ``start`` is the first one's place."""
@@ -187,7 +188,9 @@ class CoreContextAttention(Attention):
         self, x: Tensor, context: Tensor, at_q: Tensor | None, at_k: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         if x.dim() != 3:
-            raise ValueError(f"x must be (B, *grid, {self.dim}) with a grid of N, as groups are runs of tokens; it was {tuple(x.shape)}")
+            raise ValueError(
+                f"x must be (B, *grid, {self.dim}) with a grid of one axis, as groups are runs; it was {tuple(x.shape)}"
+            )
         if at_k is not None and self.rope is not None and bool((at_k.diff() != 1).any()):
             raise ValueError("positions must count up by one, so that a group has one last position")
         return super().project(x, context, at_q, at_k)

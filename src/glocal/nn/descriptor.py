@@ -80,7 +80,7 @@ class DescriptorAttention(Attention):
             raise ValueError(f"resize must be 'bilinear', 'nearest' or 'learned'; it was {resize!r}")
         self.factor, self.resize = factor, resize
         if resize == "learned":
-            channels = self.k_proj.in_features
+            channels = self.kv_dim
             self.shrink = nn.Conv2d(channels, channels, factor, stride=factor, groups=channels, bias=False)
             nn.init.constant_(self.shrink.weight, factor**-2)
 
@@ -133,7 +133,7 @@ class DescriptorAttention(Attention):
             raise ValueError(
                 f"x must be (B, *grid, {self.dim}), the grid a sequence of tokens; it was {tuple(x.shape)}"
             )
-        cross, source, width = context is not None, x if context is None else context, self.k_proj.in_features
+        cross, source, width = context is not None, x if context is None else context, self.kv_dim
         self._has_use(f"noncausal-{'cross' if cross else 'self'}")
         if keys is not None:
             raise ValueError("keys (padding) has no meaning here: a frame is resized as a whole")

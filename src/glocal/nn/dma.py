@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad, softplus
 
 from glocal.cache import BestTokens, Cache
-from glocal.cache.selected import latest_best, take
+from glocal.condense import best, take
 from glocal.nn.frame import Attention, Call
 from glocal.patterns import Causal, Full, Keys, Pattern, Selected
 from glocal.shapes import Float
@@ -97,7 +97,7 @@ class DynamicMaskAttention(Attention):
         else:
             where = Full()
             if k.shape[2] > self.top_k:  # one set for all queries: gather it
-                index = latest_best(scores, self.top_k, allowed=None if call.real is None else call.real[:, None])
+                index = best(scores, self.top_k, allowed=None if call.real is None else call.real[:, None], ties="last")
                 k, v, scores = (take(t, index) for t in (k, v, scores))
                 if call.real is not None:
                     where = Keys((index >= 0).repeat_interleave(self._group, 1), per_head=True)
@@ -115,14 +115,14 @@ class DynamicMaskAttention(Attention):
         keys, device = scores.shape[-1], scores.device
         real = torch.ones_like(scores, dtype=torch.bool) if real is None else real[:, None].expand_as(scores)
         start, chosen = keys - queries, []
-        past = latest_best(scores[..., :start], self.top_k, allowed=real[..., :start])
+        past = best(scores[..., :start], self.top_k, allowed=real[..., :start], ties="last")
         past = pad(past, (0, self.top_k - past.shape[-1]), value=-1)
         for at in range(start, keys, self.chunk):
             new = torch.arange(at, min(at + self.chunk, keys), device=device)
             candidates = torch.cat([past, new.expand(*past.shape[:2], -1)], -1).sort(-1).values
             allowed = (candidates >= 0) & take(real, candidates)
             visible = allowed[:, :, None] & (candidates[:, :, None] <= new[:, None])
-            place = latest_best(take(scores, candidates)[:, :, None], self.top_k, allowed=visible)
+            place = best(take(scores, candidates)[:, :, None], self.top_k, allowed=visible, ties="last")
             index = candidates[:, :, None].expand(-1, -1, len(new), -1).gather(-1, place.clamp(min=0))
             chosen.append(torch.where(place < 0, -1, index))
             past = chosen[-1][:, :, -1]

@@ -106,7 +106,7 @@ class Attention(nn.Module):
         if causal:
             only_cross = "causal-self" not in self.uses and "causal-cross" in self.uses
             self._has_use("causal-cross" if only_cross else "causal-self")
-        kv_dim = dim if kv_dim is None else kv_dim
+        self.kv_dim = kv_dim = dim if kv_dim is None else kv_dim
         self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(kv_dim, num_kv_heads * self.head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(kv_dim, num_kv_heads * self.head_dim, bias=qkv_bias)
@@ -234,9 +234,9 @@ class Attention(nn.Module):
             raise ValueError(f"x must be (B, *grid, {self.dim}); it was {tuple(x.shape)}")
         cross, kv = context is not None, x if context is None else context
         self._has_use(f"{'causal' if self.causal else 'noncausal'}-{'cross' if cross else 'self'}")
-        if kv.dim() != x.dim() or kv.shape[-1] != self.k_proj.in_features or kv.shape[0] != x.shape[0]:
+        if kv.dim() != x.dim() or kv.shape[-1] != self.kv_dim or kv.shape[0] != x.shape[0]:
             raise ValueError(
-                f"context must be (B, *grid_k, {self.k_proj.in_features}) with the batch and the axes of x "
+                f"context must be (B, *grid_k, {self.kv_dim}) with the batch and the axes of x "
                 f"{tuple(x.shape)}; it was {tuple(kv.shape)}"
             )
         start = 0

@@ -84,7 +84,7 @@ class LatentAttention(Attention):
             self.scale = (self.head_dim + self.rope_dim) ** -0.5
         bias, width = self.q_proj.bias is not None, num_heads * (self.head_dim + self.rope_dim)
         # k_proj makes the latents and the rotary key; up_proj, by heads, the keys and the values.
-        self.k_proj = nn.Linear(self.k_proj.in_features, num_groups * rank + self.rope_dim, bias=bias)
+        self.k_proj = nn.Linear(self.kv_dim, num_groups * rank + self.rope_dim, bias=bias)
         del self.v_proj
         self.kv_norm = nn.RMSNorm(rank, eps=1e-6)
         self.up_proj = nn.Linear(rank, num_heads * (self.head_dim + self.v_head_dim), bias=False)

@@ -160,7 +160,7 @@ class _RoleGradient(torch.autograd.Function):
     """Passes the output on; backward it also tells each token what every role would have changed."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         out: Tensor,
         chosen: Tensor,
@@ -177,7 +177,7 @@ class _RoleGradient(torch.autograd.Function):
         return out.view_as(out)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         out, chosen, q, k, v, real = ctx.saved_tensors
         roles = role_gradient(grad, out, chosen.argmax(-1), q, k, v, real, *ctx.settings)

@@ -76,7 +76,8 @@ class UnidirectionalBlockAttention(Attention):
         direction: str = "lt",
         **options: Any,
     ) -> None:
-        super().__init__(dim, num_heads, **({"qk_norm": "layer", "rope": Rope(axes=2)} | options))
+        defaults: dict[str, Any] = {"qk_norm": "layer", "rope": Rope(axes=2)}
+        super().__init__(dim, num_heads, **(defaults | options))
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1; it was {block_size}")
         if border not in ("replicate", "drop"):
@@ -161,12 +162,14 @@ class UnidirectionalBlockAttention(Attention):
     def _blocks(self, t: Tensor) -> Tensor:
         """``(B, H, h, w, D)`` to ``(B, H, X, Y, n, D)``."""
         size = self.block_size
-        return t.unflatten(3, (-1, size)).unflatten(2, (-1, size)).transpose(3, 4).flatten(4, 5)
+        blocks: Tensor = t.unflatten(3, (-1, size)).unflatten(2, (-1, size)).transpose(3, 4).flatten(4, 5)
+        return blocks
 
     def _image(self, t: Tensor) -> Tensor:
         """``(B, H, X, Y, n, D)`` to ``(B, H, h, w, D)``."""
         size = self.block_size
-        return t.unflatten(4, (size, size)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+        image: Tensor = t.unflatten(4, (size, size)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+        return image
 
     def extra_repr(self) -> str:
         return f"block_size={self.block_size}, border={self.border!r}, direction={self.direction!r}"

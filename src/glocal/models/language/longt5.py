@@ -7,10 +7,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from glocal.models.registry import register
-from glocal.nn import Block, LongT5Attention
+from glocal.nn import Block, GatedGELU, LongT5Attention
 
 __all__ = [
-    "GatedGELU",
     "LongT5Encoder",
     "longt5_local_base",
     "longt5_local_large",
@@ -19,21 +18,6 @@ __all__ = [
     "longt5_tglobal_xl",
     "longt5_tiny",
 ]
-
-
-class GatedGELU(nn.Module):
-    """The feed-forward of T5 1.1: ``wo(gelu(wi_0(x)) * wi_1(x))``, GELU by tanh. Shazeer, 2020, arXiv 2002.05202."""
-
-    def __init__(self, dim: int, hidden: int, *, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.wi_0, self.wi_1 = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
-        self.wo = nn.Linear(hidden, dim, bias=False)
-        self.act, self.drop = nn.GELU(approximate="tanh"), nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., dim)`` to ``(..., dim)``."""
-        out: Tensor = self.drop(self.wo(self.drop(self.act(self.wi_0(x)) * self.wi_1(x))))
-        return out
 
 
 class LongT5Encoder(nn.Module):
