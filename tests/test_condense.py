@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glocal import condense
@@ -15,6 +15,7 @@ def blocks_of(length, size):
     return [slice(a, min(a + size, length)) for a in range(0, length, size)]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 23), st.integers(1, 9), st.booleans())
 def test_pooling_is_a_mean_over_real_tokens(length, size, masked):
     torch.manual_seed(length * 10 + size)
@@ -49,6 +50,7 @@ def test_gradients_of_weighed_blocks():
     assert torch.autograd.gradcheck(lambda x, s: condense.weigh_blocks(x, s, 3), (x, scores))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 23), st.integers(1, 9))
 def test_the_tail_joins_the_last_complete_block(length, size):
     x = torch.randn(2, length, 3, dtype=torch.float64)
@@ -60,6 +62,7 @@ def test_the_tail_joins_the_last_complete_block(length, size):
         torch.testing.assert_close(sums[:, n], x[:, n * size : end].sum(1))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 23), st.integers(1, 6), st.integers(1, 6))
 def test_overlapping_blocks(length, size, stride):
     x = torch.arange(float(length))[:, None]
@@ -72,6 +75,7 @@ def test_overlapping_blocks(length, size, stride):
             assert abs(float(shares[n, m]) - sum(t // 4 == m for t in tokens) / size) < 1e-6
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 20), st.integers(1, 5))
 def test_blocks_before_are_wholly_past(queries, keys, size):
     if queries > keys:
@@ -83,6 +87,7 @@ def test_blocks_before_are_wholly_past(queries, keys, size):
         assert before[i].tolist() == [(n + 1) * size <= at // size * size for n in range(-(-keys // size))]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 9), st.integers(0, 9))
 def test_best_is_a_stable_sort_of_what_is_allowed(seed, n, count):
     generator = torch.Generator().manual_seed(seed)
@@ -137,6 +142,7 @@ def test_bad_input(call, message):
         call()
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 9), st.integers(0, 9))
 def test_ties_may_go_to_the_last(seed, n, count):
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,11 @@ repeat the first 96 after 64 others, so that a network of this size learns to lo
 exchanged and tuned 200 steps: core context aware attention (groups of 8, 32 near tokens), the same with the mean of
 each group, and a sliding window of as many keys, 64. Measured in bits a held-out byte, and of the bytes that repeat:
 what they repeat is 160 bytes back. The claim holds if cores are better than the window on these for every seed; that
-they are better than the mean is reported. Core Context Aware Attention, 2024, arXiv 2412.12465.
+they are better than the mean is reported.
+
+The task is not the first one tried. On plain source nothing used far context, and all four came out within 0.01 bits;
+with repeats at a distance that varied even full attention did not learn to copy. Core Context Aware Attention, 2024,
+arXiv 2412.12465.
 """
 
 from __future__ import annotations

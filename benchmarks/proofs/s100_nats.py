@@ -1,13 +1,13 @@
 """Does a network that may forget keep what it will be asked for?
 
-    python benchmarks/proofs/s100_nats.py [--seeds 2] [--steps 400]
+    python benchmarks/proofs/s100_nats.py [--seeds 2] [--steps 250]
 
 The needle task (`glocal.bench.needle`): two layers with learned roles and a window of 8, trained with three weights on
 the mean lifetime; against full attention, and against a sliding window of as many keys a query as the best of them
 keeps. Two key heads, four query heads. Live: keys that a query sees of those before it, and itself. Global: shares of
 class symbols and of filler with this role, in the head where they differ most. Deng et al., 2025, arXiv 2502.13251.
 
-Smaller than planned: 2 seeds, 400 steps. The paper trains on PG-19, and the scorers of a Llama.
+Smaller than planned: 2 seeds, 250 steps. The paper trains on PG-19, and the scorers of a Llama.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def measure(found: Found) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=250)
     options = parser.parse_args()
     torch.set_num_threads(1)
     seeds, steps = range(options.seeds), options.steps

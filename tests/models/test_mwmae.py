@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import glocal
-from glocal.models.audio.mwmae import SpectrogramMAE, head_reach, log_mel, mel_filters, pwcca
+from glocal.inspect import head_reach, pwcca
+from glocal.models.audio.mwmae import SpectrogramMAE, log_mel, mel_filters
 from glocal.nn import MultiWindowAttention
 from glocal.nn.sincos import sincos, sincos_grid
 

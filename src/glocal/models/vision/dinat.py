@@ -214,12 +214,18 @@ def _init(module: nn.Module) -> None:
 
 _DEEP, _LOCAL = (3, 4, 18, 5), (1, 1, 1, 1)
 _MINI: dict[str, Any] = {"dim": 64, "num_heads": (2, 4, 8, 16), "mlp_ratio": 3.0, "drop_path": 0.2}
-_SMALL = {"dim": 96, "depths": _DEEP, "num_heads": (3, 6, 12, 24), "mlp_ratio": 2.0, "drop_path": 0.3}
-_BASE = {
+_SMALL: dict[str, Any] = {"dim": 96, "depths": _DEEP, "num_heads": (3, 6, 12, 24), "mlp_ratio": 2.0, "drop_path": 0.3}
+_BASE: dict[str, Any] = {
     **{"dim": 128, "depths": _DEEP, "num_heads": (4, 8, 16, 32), "mlp_ratio": 2.0, "drop_path": 0.5},
     "layer_scale": 1e-5,
 }
-_LARGE = {"dim": 192, "depths": _DEEP, "num_heads": (6, 12, 24, 48), "mlp_ratio": 2.0, "drop_path": 0.35}
+_LARGE: dict[str, Any] = {
+    "dim": 192,
+    "depths": _DEEP,
+    "num_heads": (6, 12, 24, 48),
+    "mlp_ratio": 2.0,
+    "drop_path": 0.35,
+}
 _SWIN: dict[str, Any] = {"depths": (2, 2, 18, 2), "mlp_ratio": 4.0, "patch": 4}
 _FLAT: dict[str, Any] = {"depths": (12,), "mlp_ratio": 4.0, "patch": 16, "dilations": (2,)}
 
@@ -291,7 +297,7 @@ def nat_base(**options: Any) -> DiNAT:
 @register
 def dinat_s_tiny(**options: Any) -> DiNAT:
     """DiNAT_s-Tiny: Swin-Tiny's layout with neighborhoods for windows, dilated ones for shifted windows."""
-    sizes = {"dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "drop_path": 0.2}
+    sizes: dict[str, Any] = {"dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "drop_path": 0.2}
     return DiNAT(**(_SWIN | sizes | options))
 
 
