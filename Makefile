@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 COUNT ?= 2000
 
-.PHONY: demo test check lint types layers unit bench proofs fuzz format browser clean
+.PHONY: demo test check lint types layers unit bench proofs costs fuzz format browser clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/glocal compare --report report.html
@@ -40,6 +40,10 @@ bench: $(VENV)/test.done
 # What the papers claim, in small: a line with a figure and a verdict for each system, and a table in docs/proofs.md.
 proofs: $(VENV)/test.done
 	$(BIN)/python benchmarks/run_proofs.py $(ONLY)
+
+# Time and memory of every mechanism against full attention, from 1,024 to 32,768 tokens: docs/costs.md.
+costs: $(VENV)/test.done
+	$(BIN)/python benchmarks/cost_curves.py --write
 
 # The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on COUNT random problems.
 fuzz: $(VENV)/test.done

@@ -105,7 +105,7 @@ CASES: dict[str, Case] = {
     ),
     "core context": Case("S087", layer(layers.CoreContextAttention, window=512), "N (N / 16 + s)"),
     "unidirectional blocks 16": Case(
-        "S093", layer(layers.UnidirectionalBlockAttention, block=16, **both), "N 4 b^2", True
+        "S093", layer(layers.UnidirectionalBlockAttention, block_size=16, **both), "N 4 b^2", True
     ),
     "searched roles": Case("S100", layer(layers.NeuralAttentionSearch), "N live; untrained roles"),
     "mixture of blocks": Case("S114", layer(layers.MixtureOfBlocksAttention), "N^2 / B for scores, N k B"),

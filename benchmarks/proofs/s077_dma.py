@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.bench.needle import Found, Needle, train_needle
-from glocal.cache.selected import latest_best
+from glocal.condense import best
 from glocal.nn import Attention, DynamicMaskAttention, Rope, SlidingWindowAttention
 from glocal.papers.verdict import verdict
 
@@ -36,7 +36,7 @@ def chosen_share(found: Found, seed: int) -> list[float]:
     found.model.eval()
     with torch.no_grad():
         found.model.features(tokens)
-    hits = [(latest_best(b, KEYS) == at[:, None, None]).any(-1).float().mean(0) for b in scores]
+    hits = [(best(b, KEYS, ties="last") == at[:, None, None]).any(-1).float().mean(0) for b in scores]
     return [float(hit.max()) for hit in hits]
 
 

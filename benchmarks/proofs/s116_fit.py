@@ -47,7 +47,7 @@ def train(layers: str, pools: tuple[dict[int, Tensor], dict[int, Tensor]], steps
     """Share of right answers on 512 held-out pictures, and the steps taken."""
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {"dim": 48, "latent_dim": 48, "num_heads": 4, "latent_heads": 4, "latents": 4}
-    model = FITImage(layers, 32, group=(2, 2), patch=4, channels=1, classes=2, **sizes)
+    model = FITImage(layers, 32, group=(2, 2), patch=4, channels=1, num_classes=2, **sizes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(seed)
     x, y = batch(pools[1], 512, torch.Generator().manual_seed(100 + seed))

@@ -58,7 +58,7 @@ def test_automatic_dilations_are_the_published_ones():
 
 def small(**options):
     torch.manual_seed(0)
-    settings = {"depths": (1, 2), "num_heads": (1, 2), "window": 3, "dilations": (1, 2), "mlp_ratio": 2, "classes": 5}
+    settings = {"depths": (1, 2), "num_heads": (1, 2), "window": 3, "dilations": (1, 2), "mlp_ratio": 2, "num_classes": 5}
     return DiNAT(16, **(settings | options)).eval()
 
 
@@ -112,7 +112,7 @@ def test_merging_is_swins():
 
 
 def test_drop_path_grows_and_training_runs():
-    model = DiNAT(16, (2, 2), (1, 2), window=3, dilations="auto", drop_path=0.3, classes=0)
+    model = DiNAT(16, (2, 2), (1, 2), window=3, dilations="auto", drop_path=0.3, num_classes=0)
     rates = [block.drop_path.p for level in model.levels for block in level]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
     assert model(torch.randn(2, 3, 48, 48)).shape == (2, 32)
@@ -203,7 +203,7 @@ def named_as_ours(name):
 @pytest.mark.parametrize("size", [(48, 48), (50, 66)])
 def test_equals_transformers(peer, size):
     model = DiNAT(
-        16, (2, 3), (2, 4), window=3, dilations=(4, 2), mlp_ratio=3.0, layer_scale=0.5, drop_path=0.0, classes=2
+        16, (2, 3), (2, 4), window=3, dilations=(4, 2), mlp_ratio=3.0, layer_scale=0.5, drop_path=0.0, num_classes=2
     )
     state = {}
     for name, value in peer.state_dict().items():

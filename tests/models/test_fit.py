@@ -289,7 +289,7 @@ def test_variants():
 
 def denoiser(**options):
     torch.manual_seed(0)
-    model = FITDenoiser("(1)1(1)", 8, group=(2, 2), patch=2, classes=4, latents=2, **(SIZES | options))
+    model = FITDenoiser("(1)1(1)", 8, group=(2, 2), patch=2, num_classes=4, latents=2, **(SIZES | options))
     return model.double().eval()
 
 

@@ -52,7 +52,7 @@ class DiNAT(nn.Module):
         layer_scale: start value of a learned scale of each branch; none where None.
         patch: None embeds by two 3 x 3 convolutions of stride 2, and goes down a level by one; a size embeds patches
             of that size, and goes down by merging 2 x 2 tokens, as in Swin.
-        classes: outputs; 0 gives the pooled features.
+        num_classes: outputs; 0 gives the pooled features.
         channels: of the image.
 
     Images may have any size from which every level keeps a map of at least ``window * dilation`` on each axis.
@@ -62,7 +62,7 @@ class DiNAT(nn.Module):
 
     >>> import torch
     >>> from glocal.models.vision.dinat import DiNAT
-    >>> model = DiNAT(16, (2, 2), (1, 2), window=3, dilations="auto", classes=10)
+    >>> model = DiNAT(16, (2, 2), (1, 2), window=3, dilations="auto", num_classes=10)
     >>> x = torch.randn(1, 3, 45, 60)
     >>> model(x).shape, [tuple(level.shape) for level in model.forward_features(x)]
     (torch.Size([1, 10]), [(1, 12, 15, 16), (1, 6, 8, 32)])
@@ -80,7 +80,7 @@ class DiNAT(nn.Module):
         drop_path: float = 0.2,
         layer_scale: float | None = None,
         patch: int | None = None,
-        classes: int = 1000,
+        num_classes: int = 1000,
         channels: int = 3,
     ) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class DiNAT(nn.Module):
             for d, depth, heads, gap in zip(dims, depths, num_heads, gaps, strict=True)
         )
         self.norm = nn.LayerNorm(dims[-1])
-        self.head = nn.Linear(dims[-1], classes) if classes else nn.Identity()
+        self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
         self.apply(_init)
 
     def forward_features(self, x: Float[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
@@ -129,7 +129,7 @@ class DiNAT(nn.Module):
             maps.append(x)
         return tuple(maps)
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B num_classes"]:
         """Images to logits, by the mean of the last map."""
         out: Tensor = self.head(self.norm(self.forward_features(x)[-1]).mean((1, 2)))
         return out

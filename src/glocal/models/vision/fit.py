@@ -328,11 +328,11 @@ class FITImage(nn.Module):
         group: rows and columns of patches in a group.
         patch: pixels a side.
         latents: of a group.
-        classes: outputs; the mean itself where 0.
+        num_classes: outputs; the mean itself where 0.
         options: of `FIT`.
 
     >>> import torch, glocal
-    >>> glocal.create("fit_tiny", classes=5)(torch.randn(2, 3, 32, 32)).shape
+    >>> glocal.create("fit_tiny", num_classes=5)(torch.randn(2, 3, 32, 32)).shape
     torch.Size([2, 5])
     """
 
@@ -344,7 +344,7 @@ class FITImage(nn.Module):
         group: tuple[int, int],
         patch: int,
         channels: int = 3,
-        classes: int = 1000,
+        num_classes: int = 1000,
         latents: int = 4,
         **options: Any,
     ) -> None:
@@ -355,13 +355,13 @@ class FITImage(nn.Module):
         values = channels * patch**2
         self.fit = FIT(layers, values, groups=groups, tokens=tokens, latents=latents, **options)
         width = self.fit.latent_dim if self.fit.stages_of[-1][1] else self.fit.dim
-        self.head = nn.Linear(width, classes) if classes else nn.Identity()
+        self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
 
     def features(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N dim"]:
         """States of all tokens, or of all latents, ``(B, N, dim)``."""
         return self.fit.features(group_image(image, self.group, self.patch))
 
-    def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
+    def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B num_classes"]:
         """Images ``(B, C, H, W)`` to logits."""
         return cast(Tensor, self.head(self.features(image).mean(1)))
 
@@ -382,7 +382,7 @@ class FITDenoiser(nn.Module):
     Args:
         layers: the layer string; it ends with local layers.
         size, group, patch, channels, latents: as in `FITImage`.
-        classes: number of class labels; 0 for none.
+        num_classes: number of class labels; 0 for none.
         options: of `FIT`.
 
     Raises:
@@ -404,7 +404,7 @@ class FITDenoiser(nn.Module):
         group: tuple[int, int],
         patch: int,
         channels: int = 3,
-        classes: int = 0,
+        num_classes: int = 0,
         latents: int = 4,
         **options: Any,
     ) -> None:
@@ -418,7 +418,7 @@ class FITDenoiser(nn.Module):
             raise ValueError(f"layers must end with local layers, which pixels are read from; it was {layers!r}")
         width = self.fit.latent_dim
         self.time1, self.time2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.label = nn.Embedding(classes, width) if classes else None
+        self.label = nn.Embedding(num_classes, width) if num_classes else None
         self.again, self.again_norm = MLP(width, 4 * width), nn.LayerNorm(width, eps=1e-6)
         nn.init.zeros_(self.again_norm.weight)
         self.head = nn.Linear(self.fit.dim, values)
@@ -642,7 +642,7 @@ def fit_6400(**options: Any) -> FITImage:
 @register
 def fit_denoiser_tiny(**options: Any) -> FITDenoiser:
     """A denoiser of 32 x 32 pixels and 10 classes for tests and small machines."""
-    settings = {"layers": "(1)2(1)", "size": 32, "group": (4, 4), "patch": 2, "latents": 4, "classes": 10, **_TINY}
+    settings = {"layers": "(1)2(1)", "size": 32, "group": (4, 4), "patch": 2, "latents": 4, "num_classes": 10, **_TINY}
     return FITDenoiser(**(settings | options))
 
 
@@ -655,7 +655,7 @@ def fit_denoiser_64(**options: Any) -> FITDenoiser:
         "group": (8, 8),
         "patch": 2,
         "latents": 16,
-        "classes": 1000,
+        "num_classes": 1000,
     }
     return FITDenoiser(**(settings | _BASE | {"grid": (8, 8), "cross_mlp": True} | options))
 
