@@ -58,7 +58,14 @@ def test_automatic_dilations_are_the_published_ones():
 
 def small(**options):
     torch.manual_seed(0)
-    settings = {"depths": (1, 2), "num_heads": (1, 2), "window": 3, "dilations": (1, 2), "mlp_ratio": 2, "num_classes": 5}
+    settings = {
+        "depths": (1, 2),
+        "num_heads": (1, 2),
+        "window": 3,
+        "dilations": (1, 2),
+        "mlp_ratio": 2,
+        "num_classes": 5,
+    }
     return DiNAT(16, **(settings | options)).eval()
 
 
