@@ -116,7 +116,7 @@ def test_a_narrow_terminal_folds_titles_and_cuts_nothing(capsys):
         (["--domain", "sound"], "--domain: 'sound' is unknown; it is one of language, vision"),
         (["S999"], "TEXT: 'S999' is no paper; give a code from 'S001' to 'S119'"),
         (["0"], "TEXT: '0' is no paper; give a code from 'S001' to 'S119'"),
-        (["dinat"], "TEXT: 'dinat' occurs in no paper; did you mean 'dina'?"),
+        (["dinax"], "TEXT: 'dinax' occurs in no paper; did you mean 'dina'?"),
         (["no-such-word"], "TEXT: 'no-such-word' occurs in no paper; give a code"),
     ],
 )
