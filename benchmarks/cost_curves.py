@@ -3,7 +3,8 @@
     python benchmarks/cost_curves.py [--only moba ...] [--longest 32768] [--write]
 
 A layer's forward pass without gradients, batch 1, 256 channels, 4 heads, random weights, its projections included;
-each at the published sizes of its sparsity, or a quarter of them where those are longer than the shortest sequence.
+each with the sizes that its name gives, otherwise the layer's defaults. Queries and keys are random, so that what
+is chosen by data is scattered, and choosing gains less than it would on text.
 Time is the median of three calls after one that is not counted; memory is the peak beyond what was held before.
 The exponent is that of a power law fitted to the times from 4,096 tokens on: 1 is linear, 2 is quadratic. ``--write``
 puts the table into docs/costs.md and the picture into docs/pictures/costs.png.
