@@ -18,13 +18,13 @@ import itertools
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
+from glocal.bench.views import DIM, SIDE, SPECIAL, plain, views
 from glocal.nn import Attention, BlockSparseAttention
 from glocal.papers.verdict import verdict
 from glocal.patterns import Selected
 
-VIEWS, SIDE, SPECIAL, DIM, KEPT = 6, 24, 5, 64, (0.5, 0.25, 0.1)
+KEPT = (0.5, 0.25, 0.1)
 SIZES, NAMES = ((32, 16), (128, 64)), ("top, raster", "top, hilbert", "random")
 
 
@@ -37,30 +37,6 @@ class RandomBlocks(BlockSparseAttention):
         count = -(-k.shape[2] // self.key_size)
         chance = torch.rand(*ranked.shape[:-1], count).argsort(-1)[..., : ranked.shape[-1]]
         return Selected(chance, self.key_size, query_size=self.query_size)
-
-
-def views(seed: int) -> Tensor:
-    """Tokens ``(1, n P, C)``: five special ones and a crop of the map, for each view."""
-    generator = torch.Generator().manual_seed(seed)
-    scene = torch.randn(1, DIM, SIDE + 24, SIDE + 24, generator=generator)
-    for _ in range(2):
-        scene = avg_pool2d(scene, 5, stride=1)
-    scene = (scene - scene.mean()) / scene.std()
-    out = []
-    for _ in range(VIEWS):
-        y, x = torch.randint(0, scene.shape[-1] - SIDE, (2,), generator=generator).tolist()
-        crop = scene[0, :, y : y + SIDE, x : x + SIDE].flatten(1).T
-        crop = crop + 0.1 * torch.randn(crop.shape, generator=generator)
-        out.append(torch.cat([torch.randn(SPECIAL, DIM, generator=generator), crop]))
-    return torch.cat(out)[None]
-
-
-def plain(layer: Attention) -> Attention:
-    """Projections that change nothing: queries, keys and values are the features."""
-    with torch.no_grad():
-        for part in (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj):
-            part.weight.copy_(torch.eye(DIM))
-    return layer
 
 
 def main() -> None:

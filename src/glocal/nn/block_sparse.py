@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from glocal.attention import merge
-from glocal.cache import Cache
 from glocal.condense import best, pool_blocks, real_tokens
 from glocal.nn.frame import Attention, Call
 from glocal.patterns import Full, Pattern, Selected
 from glocal.patterns.hilbert import hilbert_order
-from glocal.shapes import Bool, Float
+from glocal.shapes import Float
 
 __all__ = ["BlockSparseAttention", "Views"]
 
@@ -158,20 +157,6 @@ class BlockSparseAttention(Attention):
         if self.rope is not None and self.rope.axes == 2:
             return self.views.positions(torch.Size(grid).numel(), device)
         return super().positions(grid, start, device)
-
-    def forward(
-        self,
-        x: Float[Tensor, "B *grid_q dim"],
-        context: Float[Tensor, "B *grid_k kv_dim"] | None = None,
-        *,
-        keys: Bool[Tensor, "B *grid_k"] | None = None,
-        positions: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Float[Tensor, "B *grid_q dim"]:
-        """As `Attention`; views of ``x`` that attend to other views have positions of their own."""
-        if context is not None and positions is None and self.rope is not None and self.rope.axes == 2:
-            positions = self.positions(tuple(x.shape[1:-1]), 0, x.device)
-        return super().forward(x, context, keys=keys, positions=positions, cache=cache)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         grid = q.shape[2:-1]
