@@ -12,14 +12,26 @@ measured here. FlashVGGT, 2025, arXiv 2512.01540.
 from __future__ import annotations
 
 import argparse
+import time
 
 import torch
+from torch import Tensor, nn
 
 from glocal.bench.views import DIM, SIDE, SPECIAL, VIEWS, plain, views
 from glocal.nn import Attention, DescriptorAttention
 from glocal.papers.verdict import verdict
 
 FACTORS = (2, 3, 4)
+
+
+def seconds(layer: nn.Module, x: Tensor) -> float:
+    """The fastest of three calls after one that warms up."""
+    found = []
+    for _ in range(4):
+        start = time.perf_counter()
+        layer(x)
+        found.append(time.perf_counter() - start)
+    return min(found[1:])
 
 
 def main() -> None:
