@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from glocal.attention import explain
-from glocal.models.vision.fit import FIT, FITImage
+from glocal.models.vision.fit import FIT
+from glocal.models.vision.fit_image import FITImage
 from glocal.nn import Attention
 from glocal.papers.verdict import verdict
 

@@ -8,7 +8,9 @@ from torch import nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 import glocal
-from glocal.models.vision.fit import FIT, FITAR, FITDenoiser, FITImage, format_layers, group_image, parse_layers
+from glocal.models.language.fit_ar import FITAR
+from glocal.models.vision.fit import FIT, format_layers, parse_layers
+from glocal.models.vision.fit_image import FITDenoiser, FITImage, group_image
 from glocal.nn.latents import GroupCausalAttention, LatentCrossAttention
 from tests.nn.layers import by_mask, gradients_agree
 

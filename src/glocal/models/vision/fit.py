@@ -8,33 +8,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, pad, silu
 
 from glocal.cache import Cache
-from glocal.models.registry import register
 from glocal.nn import MLP, Attention, Block
 from glocal.nn.latents import GroupCausalAttention, LatentCrossAttention
-from glocal.nn.sincos import sincos, sincos_grid
+from glocal.nn.sincos import sincos_grid
 from glocal.shapes import Float
 
-__all__ = [
-    "FIT",
-    "FITAR",
-    "FITDenoiser",
-    "FITImage",
-    "FITState",
-    "fit_640",
-    "fit_1280",
-    "fit_6400",
-    "fit_ar_tiny",
-    "fit_denoiser_64",
-    "fit_denoiser_tiny",
-    "fit_tiny",
-    "format_layers",
-    "group_image",
-    "parse_layers",
-    "ungroup_image",
-]
+__all__ = ["FIT", "Stage", "Stages", "format_layers", "make_stages", "parse_layers"]
 
 Stages = tuple[tuple[int, int], ...]
 
@@ -66,7 +47,7 @@ def format_layers(stages: Stages) -> str:
     return "".join(f"({a}){b or ''}" for a, b in stages)
 
 
-class _Stage(nn.Module):
+class Stage(nn.Module):
     """Local layers, latents that read the tokens, global layers, and tokens that read the latents."""
 
     def __init__(
@@ -199,7 +180,7 @@ class FIT(nn.Module):
         self.latents = nn.Parameter(0.02 * torch.randn(groups, latents, latent_dim))
         self.extra = None if extra_channels is None else nn.Linear(extra_channels, dim)
         self.extra_norm = None if extra_channels is None else nn.LayerNorm(dim, eps=1e-6)
-        self.stages = _stages(
+        self.stages = make_stages(
             self.stages_of, dim, latent_dim, num_heads, latent_heads, None, condition, cross_mlp, backend
         )
         self.norm, self.latent_norm = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(latent_dim, eps=1e-6)
@@ -240,7 +221,7 @@ class FIT(nn.Module):
             x, before = torch.cat([self.extra_norm(self.extra(extra)), x], 2), extra.shape[2]
         latents = self.latents.expand(x.shape[0], -1, -1, -1)
         latents = latents if added is None else latents + added
-        for stage in cast("Sequence[_Stage]", self.stages):
+        for stage in cast("Sequence[Stage]", self.stages):
             x = stage.inside(x)
             latents = stage.gather(latents, x, condition)
             x = stage.spread(x, latents)
@@ -252,7 +233,7 @@ class FIT(nn.Module):
         return cast(Tensor, latents if self.stages_of[-1][1] else states).flatten(1, 2)
 
 
-def _stages(
+def make_stages(
     stages: Stages,
     dim: int,
     latent_dim: int,
@@ -263,8 +244,9 @@ def _stages(
     cross_mlp: bool,
     backend: str,
 ) -> nn.ModuleList:
+    """The stages of a network; with ``causal_group`` latents a group, causal inside groups and from group to group."""
     return nn.ModuleList(
-        _Stage(
+        Stage(
             local,
             across,
             number == len(stages) - 1,
@@ -279,389 +261,3 @@ def _stages(
         )
         for number, (local, across) in enumerate(stages)
     )
-
-
-def group_image(
-    image: Float[Tensor, "B C H W"], group: tuple[int, int], patch: int
-) -> Float[Tensor, "B groups tokens values"]:
-    """An image cut into sub-images of ``group`` patches (rows, columns), each of these into its patches.
-
-    Raises:
-        ValueError: the image is no multiple of a sub-image.
-
-    >>> group_image(torch.arange(16.0).view(1, 1, 4, 4), (2, 1), 1)[0, :, :, 0].int().tolist()[:2]
-    [[0, 4], [1, 5]]
-    """
-    rows, columns = group[0] * patch, group[1] * patch
-    if image.dim() != 4 or image.shape[2] % rows or image.shape[3] % columns:
-        raise ValueError(
-            f"image must be (B, C, H, W), H a multiple of {rows}, W of {columns}; it was {tuple(image.shape)}"
-        )
-    cut = image.unflatten(3, (-1, group[1], patch)).unflatten(2, (-1, group[0], patch))
-    # B C (group row, row, pixel row) (group column, column, pixel column)
-    cut = cut.permute(0, 2, 5, 3, 6, 4, 7, 1)
-    out: Tensor = cut.flatten(5).flatten(3, 4).flatten(1, 2)
-    return out
-
-
-def ungroup_image(
-    x: Float[Tensor, "B groups tokens values"], size: tuple[int, int], group: tuple[int, int], patch: int
-) -> Float[Tensor, "B C H W"]:
-    """The image of `group_image`, ``(B, C, *size)``.
-
-    >>> image = torch.randn(1, 3, 8, 8)
-    >>> torch.equal(ungroup_image(group_image(image, (2, 2), 2), (8, 8), (2, 2), 2), image)
-    True
-    """
-    rows, columns = size[0] // (group[0] * patch), size[1] // (group[1] * patch)
-    cut = x.unflatten(3, (patch, patch, -1)).unflatten(2, group).unflatten(1, (rows, columns))
-    out: Tensor = cut.permute(0, 7, 1, 3, 5, 2, 4, 6).flatten(5, 7).flatten(2, 4)
-    return out
-
-
-class FITImage(nn.Module):
-    """A `FIT` over an image, and a classifier on the mean of what its last layers give.
-
-    Args:
-        layers: the layer string.
-        size: height and width in pixels.
-        group: rows and columns of patches in a group.
-        patch: pixels a side.
-        latents: of a group.
-        num_classes: outputs; the mean itself where 0.
-        options: of `FIT`.
-
-    >>> import torch, glocal
-    >>> glocal.create("fit_tiny", num_classes=5)(torch.randn(2, 3, 32, 32)).shape
-    torch.Size([2, 5])
-    """
-
-    def __init__(
-        self,
-        layers: str,
-        size: int | tuple[int, int],
-        *,
-        group: tuple[int, int],
-        patch: int,
-        channels: int = 3,
-        num_classes: int = 1000,
-        latents: int = 4,
-        **options: Any,
-    ) -> None:
-        super().__init__()
-        self.size = (size, size) if isinstance(size, int) else size
-        self.group, self.patch = group, patch
-        groups, tokens = _counts(self.size, group, patch)
-        values = channels * patch**2
-        self.fit = FIT(layers, values, groups=groups, tokens=tokens, latents=latents, **options)
-        width = self.fit.latent_dim if self.fit.stages_of[-1][1] else self.fit.dim
-        self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
-
-    def features(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N dim"]:
-        """States of all tokens, or of all latents, ``(B, N, dim)``."""
-        return self.fit.features(group_image(image, self.group, self.patch))
-
-    def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B num_classes"]:
-        """Images ``(B, C, H, W)`` to logits."""
-        return cast(Tensor, self.head(self.features(image).mean(1)))
-
-
-def _counts(size: tuple[int, int], group: tuple[int, int], patch: int) -> tuple[int, int]:
-    rows, columns = group[0] * patch, group[1] * patch
-    if size[0] % rows or size[1] % columns:
-        raise ValueError(f"size must be a multiple of a group's {(rows, columns)} pixels; it was {size}")
-    return size[0] // rows * (size[1] // columns), group[0] * group[1]
-
-
-class FITDenoiser(nn.Module):
-    """A `FIT` that predicts an image, or its noise, from a noisy one, the time and a class.
-
-    The latents read two condition tokens in every stage. Latents of an earlier call can be given to the next one
-    (self-conditioning, Jabri et al., 2022, arXiv 2212.11972): added through an MLP and a norm that starts at 0.
-
-    Args:
-        layers: the layer string; it ends with local layers.
-        size, group, patch, channels, latents: as in `FITImage`.
-        num_classes: number of class labels; 0 for none.
-        options: of `FIT`.
-
-    Raises:
-        ValueError: a layer string that ends with global layers.
-
-    >>> import torch, glocal
-    >>> model = glocal.create("fit_denoiser_tiny")
-    >>> noisy, time = torch.randn(2, 3, 32, 32), torch.rand(2)
-    >>> prediction, latents = model(noisy, time, torch.tensor([3, 7]))
-    >>> model(noisy, time, torch.tensor([3, 7]), latents=latents)[0].shape
-    torch.Size([2, 3, 32, 32])
-    """
-
-    def __init__(
-        self,
-        layers: str,
-        size: int | tuple[int, int],
-        *,
-        group: tuple[int, int],
-        patch: int,
-        channels: int = 3,
-        num_classes: int = 0,
-        latents: int = 4,
-        **options: Any,
-    ) -> None:
-        super().__init__()
-        self.size = (size, size) if isinstance(size, int) else size
-        self.group, self.patch = group, patch
-        groups, tokens = _counts(self.size, group, patch)
-        values = channels * patch**2
-        self.fit = FIT(layers, values, groups=groups, tokens=tokens, latents=latents, condition=True, **options)
-        if self.fit.stages_of[-1][1]:
-            raise ValueError(f"layers must end with local layers, which pixels are read from; it was {layers!r}")
-        width = self.fit.latent_dim
-        self.time1, self.time2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.label = nn.Embedding(num_classes, width) if num_classes else None
-        self.again, self.again_norm = MLP(width, 4 * width), nn.LayerNorm(width, eps=1e-6)
-        nn.init.zeros_(self.again_norm.weight)
-        self.head = nn.Linear(self.fit.dim, values)
-
-    def conditions(self, time: Tensor, label: Tensor | None) -> Tensor:
-        """The condition tokens, ``(B, 1 or 2, latent_dim)``: time in 0 to 1, then the class."""
-        if (label is None) != (self.label is None):
-            raise ValueError("label must be given if, and only if, the model has classes")
-        embedded = normalize(sincos(1000 * time, self.fit.latent_dim).to(self.time1.weight), dim=-1)
-        tokens = [self.time2(silu(self.time1(embedded)))]
-        if label is not None and self.label is not None:
-            tokens.append(self.label(label))
-        return torch.stack(tokens, 1)
-
-    def forward(
-        self,
-        image: Float[Tensor, "B C H W"],
-        time: Tensor,
-        label: Tensor | None = None,
-        *,
-        latents: Float[Tensor, "B t m latent_dim"] | None = None,
-    ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B t m latent_dim"]]:
-        """Predict.
-
-        Args:
-            image: ``(B, C, H, W)``, noisy.
-            time: ``(B,)``, 0 to 1.
-            label: classes ``(B,)``.
-            latents: those returned by an earlier call; a first call, or training without them, has none.
-
-        Returns:
-            The prediction, of the image's shape, and the latents for another call.
-        """
-        again = None if latents is None else self.again_norm(latents + self.again(latents))
-        x = group_image(image, self.group, self.patch)
-        x, latents = self.fit(x, condition=self.conditions(time, label), added=again)
-        return ungroup_image(self.head(x), self.size, self.group, self.patch), latents
-
-
-class FITState:
-    """What decoding with `FITAR` keeps: the current group, and of earlier ones only latents."""
-
-    def __init__(self, stages: Sequence[_Stage]) -> None:
-        self.group, self.place = 0, 0
-        self.across = [_caches(stage.across) for stage in stages]
-        """For each stage, the cache of each global layer."""
-        self.before: list[Tensor | None] = [None] * len(stages)
-        """For each stage, the latents of the group before, ``(B, 1, m, latent_dim)``."""
-        self.begin(stages)
-
-    def begin(self, stages: Sequence[_Stage]) -> None:
-        """Forget the tokens of the current group."""
-        self.local = [_caches(stage.local) for stage in stages]
-        self.held: list[list[Tensor]] = [[] for _ in stages]
-
-
-def _caches(blocks: nn.ModuleList) -> list[Cache]:
-    return [cast(Attention, block.attention).new_cache() for block in blocks]
-
-
-class FITAR(nn.Module):
-    """A `FIT` that predicts a sequence token by token.
-
-    Local layers are causal inside a group. The latents of a group see the whole group, and of the others those before
-    it; so a token reads the latents of the group before its own, and the first group reads zeros.
-
-    Args:
-        vocab: tokens.
-        layers: the layer string; it ends with local layers.
-        groups, tokens, latents, dim, latent_dim, num_heads, latent_heads, cross_mlp, backend: as in `FIT`.
-
-    Raises:
-        ValueError: a layer string that ends with global layers, or what `FIT` refuses.
-
-    >>> import torch, glocal
-    >>> model = glocal.create("fit_ar_tiny")
-    >>> model(torch.randint(256, (2, 64))).shape, model.generate(1, 20).shape
-    (torch.Size([2, 64, 256]), torch.Size([1, 20]))
-    """
-
-    def __init__(
-        self,
-        vocab: int,
-        layers: str,
-        *,
-        groups: int,
-        tokens: int,
-        latents: int,
-        dim: int,
-        latent_dim: int,
-        num_heads: int,
-        latent_heads: int,
-        cross_mlp: bool = False,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        self.stages_of = parse_layers(layers)
-        if self.stages_of[-1][1]:
-            raise ValueError(f"layers must end with local layers, which logits are read from; it was {layers!r}")
-        self.groups, self.tokens = groups, tokens
-        self.embed = nn.Embedding(vocab, dim)
-        nn.init.normal_(self.embed.weight, std=0.02)
-        self.position = nn.Parameter(0.02 * torch.randn(tokens, dim))
-        self.latents = nn.Parameter(0.02 * torch.randn(groups, latents, latent_dim))
-        self.stages = _stages(
-            self.stages_of, dim, latent_dim, num_heads, latent_heads, latents, False, cross_mlp, backend
-        )
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-
-    def forward(self, tokens: Tensor) -> Float[Tensor, "B N vocab"]:
-        """Logits for each token from those before it, all at once; ``N`` is ``groups * tokens``.
-
-        Raises:
-            ValueError: another length.
-        """
-        if tokens.dim() != 2 or tokens.shape[1] != self.groups * self.tokens:
-            raise ValueError(f"tokens must be (B, {self.groups * self.tokens}); it was {tuple(tokens.shape)}")
-        x = pad(self.embed(tokens)[:, :-1], (0, 0, 1, 0))  # nothing comes before the first token
-        x = x.unflatten(1, (self.groups, self.tokens)) + self.position
-        latents = self.latents.expand(x.shape[0], -1, -1, -1)
-        for stage in cast("Sequence[_Stage]", self.stages):
-            x = stage.inside(x)
-            latents = stage.gather(latents, x)
-            x = stage.spread(x, pad(latents[:, :-1], (0, 0, 0, 0, 1, 0)))
-        return self._logits(x.flatten(1, 2))
-
-    def _logits(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.norm(x) @ self.embed.weight.mT)
-
-    def new_state(self) -> FITState:
-        """The state before the first token."""
-        return FITState(cast("Sequence[_Stage]", self.stages))
-
-    def step(self, last: Tensor | None, state: FITState, *, batch: int = 1) -> Float[Tensor, "B vocab"]:
-        """Logits for the next token.
-
-        Args:
-            last: the token before, ``(B,)``; None for the first step.
-            state: of `new_state`; it moves on by one token.
-            batch: sequences, where ``last`` is None.
-
-        Raises:
-            ValueError: the sequence is complete, or ``last`` is missing or too early.
-        """
-        if state.group == self.groups:
-            raise ValueError(f"the sequence is complete: it has {self.groups * self.tokens} tokens")
-        if (last is None) != (state.group == state.place == 0):
-            raise ValueError("last must be None for the first token, and the token before for every other one")
-        stages = cast("Sequence[_Stage]", self.stages)
-        x = self.position.new_zeros(batch, self.position.shape[1]) if last is None else self.embed(last)
-        x = (x + self.position[state.place])[:, None, None]
-        for number, stage in enumerate(stages):
-            x = stage.inside(x, state.local[number])
-            state.held[number].append(x)
-            before = state.before[number]
-            if before is None:
-                before = torch.zeros_like(self.latents[:1]).expand(x.shape[0], -1, -1, -1)
-            x = stage.spread(x, before)
-        state.place += 1
-        if state.place == self.tokens:
-            self._close(state, stages)
-        return self._logits(x[:, 0, 0])
-
-    def _close(self, state: FITState, stages: Sequence[_Stage]) -> None:
-        """The group is complete: its latents read it and the latents before, for the next group to read."""
-        latents = self.latents[state.group].expand(state.held[0][0].shape[0], 1, -1, -1)
-        for number, stage in enumerate(stages):
-            latents = stage.gather(latents, torch.cat(state.held[number], 2), caches=state.across[number])
-            state.before[number] = latents
-        state.group, state.place = state.group + 1, 0
-        state.begin(stages)
-
-    @torch.no_grad()
-    def generate(self, batch: int, count: int | None = None, *, temperature: float = 1.0) -> Tensor:
-        """Sequences sampled from the start, the likeliest tokens where ``temperature`` is 0; complete where None."""
-        state, last, out = self.new_state(), None, []
-        for _ in range(self.groups * self.tokens if count is None else count):
-            logits = self.step(last, state, batch=batch)
-            if temperature > 0:
-                last = torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(1)
-            else:
-                last = logits.argmax(-1)
-            out.append(last)
-        return torch.stack(out, 1)
-
-
-_BASE: dict[str, Any] = {"dim": 512, "latent_dim": 768, "num_heads": 8, "latent_heads": 12}
-_TINY: dict[str, Any] = {"dim": 32, "latent_dim": 64, "num_heads": 2, "latent_heads": 4}
-
-
-@register
-def fit_tiny(**options: Any) -> FITImage:
-    """32 x 32 pixels: 16 groups of 16 patches of 2 x 2."""
-    settings = {"layers": "(1)2(1)", "size": 32, "group": (4, 4), "patch": 2, "latents": 4, **_TINY}
-    return FITImage(**(settings | options))
-
-
-def _encoder(size: int, options: dict[str, Any]) -> FITImage:
-    settings = {"layers": "(2)4(2)4(2)4", "size": size, "group": (10, 10), "patch": 16, "latents": 16, **_BASE}
-    return FITImage(**(settings | {"grid": (10, 10)} | options))
-
-
-@register
-def fit_640(**options: Any) -> FITImage:
-    """640 x 640 pixels: 16 groups of 100 patches of 16 x 16, 16 latents a group."""
-    return _encoder(640, options)
-
-
-@register
-def fit_1280(**options: Any) -> FITImage:
-    """1,280 x 1,280 pixels: 64 groups of 100 patches of 16 x 16, 16 latents a group."""
-    return _encoder(1280, options)
-
-
-@register
-def fit_6400(**options: Any) -> FITImage:
-    """6,400 x 6,400 pixels, 160,000 patches of 16 x 16 in 1,600 groups, 4 latents a group."""
-    return _encoder(6400, {"latents": 4} | options)
-
-
-@register
-def fit_denoiser_tiny(**options: Any) -> FITDenoiser:
-    """A denoiser of 32 x 32 pixels and 10 classes for tests and small machines."""
-    settings = {"layers": "(1)2(1)", "size": 32, "group": (4, 4), "patch": 2, "latents": 4, "num_classes": 10, **_TINY}
-    return FITDenoiser(**(settings | options))
-
-
-@register
-def fit_denoiser_64(**options: Any) -> FITDenoiser:
-    """A denoiser of 64 x 64 pixels and 1,000 classes: 16 groups of 64 patches of 2 x 2."""
-    settings: dict[str, Any] = {
-        "layers": "(2)4(2)4(2)",
-        "size": 64,
-        "group": (8, 8),
-        "patch": 2,
-        "latents": 16,
-        "num_classes": 1000,
-    }
-    return FITDenoiser(**(settings | _BASE | {"grid": (8, 8), "cross_mlp": True} | options))
-
-
-@register
-def fit_ar_tiny(**options: Any) -> FITAR:
-    """An autoregressive model of 64 bytes in 8 groups, for tests and small machines."""
-    settings = {"vocab": 256, "layers": "(1)1(1)1(1)", "groups": 8, "tokens": 8, "latents": 2, **_TINY}
-    return FITAR(**(settings | options))
