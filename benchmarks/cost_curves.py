@@ -187,13 +187,12 @@ def main() -> None:
         curves[name] = seconds
         if name.startswith("full"):
             full[case.make(1024).causal] = seconds
-        last = max(seconds)
         whole = full[getattr(case.make(1024), "causal", False)]
         shared = max(set(whole) & set(seconds))
         ratio = whole[shared] / seconds[shared]
         row = [name, case.paper, *(f"{1e3 * seconds[n]:.0f}" if n in seconds else "" for n in LENGTHS)]
         row += [
-            f"{peak[last] / 2**20:.0f}",
+            " / ".join(f"{size / 2**20:.0f}" for size in peak.values()),
             f"{exponent(seconds):.2f}",
             f"{ratio:.1f}x at {shared // 1024}k",
             case.claim,
@@ -220,19 +219,25 @@ def write(head: list[str], rows: list[list[str]], curves: dict[str, dict[int, fl
     for number, (name, seconds) in enumerate(curves.items()):
         wide, lengths = name.startswith("full"), list(seconds)
         style = "--" if name == "full" else "-"
-        color = "black" if wide else plt.cm.tab20(number % 20)
+        color = "black" if wide else plt.cm.tab10(number % 10)
         times = [1e3 * seconds[n] for n in lengths]
         axes.loglog(lengths, times, style, marker=".", linewidth=3 if wide else 1.2, color=color)
-        ends.append((1e3 * seconds[lengths[-1]], lengths[-1], name))
+        ends.append((times[-1], lengths[-1], name, color))
     floor = 0.0
-    for value, length, name in sorted(ends):  # names stand clear of each other
+    for value, length, name, color in sorted(ends):  # names stand clear of each other
         floor = max(value, floor * 1.16)
         axes.annotate(
-            name, (length, value), (LENGTHS[-1] * 1.15, floor), fontsize=7, va="center", annotation_clip=False
+            name,
+            (length, value),
+            (LENGTHS[-1] * 1.3, floor),
+            color=color,
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 3},
         )
     axes.set_xticks(LENGTHS, [f"{n // 1024}k" for n in LENGTHS])
     axes.minorticks_off()
-    axes.set_xlim(LENGTHS[0] * 0.9, LENGTHS[-1] * 2.6)
+    axes.set_xlim(LENGTHS[0] * 0.9, LENGTHS[-1] * 3.4)
     axes.set_xlabel("tokens")
     axes.set_ylabel("milliseconds for one forward pass")
     axes.spines[["top", "right"]].set_visible(False)
