@@ -13,6 +13,7 @@ puts the table into docs/costs.md and the picture into docs/pictures/costs.png.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import math
 import statistics
@@ -121,6 +122,7 @@ def measure(layer: nn.Module, x: Tensor) -> tuple[float, int]:
         layer(x)
         first = time.perf_counter() - start
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left must not hide what this one takes
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
         times = []
