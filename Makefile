@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 COUNT ?= 2000
 
-.PHONY: demo test check lint types layers unit bench proofs costs fuzz format browser clean
+.PHONY: demo test check lint types layers unit bench proofs costs cache-peers fuzz format peers browser clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/glocal compare --report report.html
@@ -45,6 +45,10 @@ proofs: $(VENV)/test.done
 costs: $(VENV)/test.done
 	$(BIN)/python benchmarks/cost_curves.py --write
 
+# KV-cache policies at an equal budget, kvpress' beside ours, in an environment of its own: kvpress needs transformers below 5.3.
+cache-peers: $(VENV)/cache-peers/done
+	$(VENV)/cache-peers/bin/python benchmarks/cache_peers.py $(if $(MODEL),--model $(MODEL))
+
 # The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on COUNT random problems.
 fuzz: $(VENV)/test.done
 	$(MAKE) -C tests/sanitize COUNT=$(COUNT)
@@ -61,6 +65,18 @@ $(VENV)/test.done: $(VENV)/bin/python pyproject.toml constraints.txt CMakeLists.
 	$(PIP) install -q -c constraints.txt torch setuptools wheel
 	$(PIP) install -q -c constraints.txt -e '.[test]'
 	$(PIP) install -q --no-build-isolation --no-deps natten==0.21.7 || echo "natten cannot be installed here; its conformance tests will be skipped"
+	$(MAKE) --no-print-directory peers
+	touch $@
+
+# Libraries that only tests compare with, in a folder that is on no path: tests/peers.py imports from it.
+peers: $(VENV)/bin/python
+	$(PIP) install -q --upgrade --no-deps --target $(VENV)/peers timm torchvision==0.28.0 fla-core kvpress \
+	  || echo "timm, flash-linear-attention and kvpress cannot be installed here; tests that compare with them will be skipped"
+
+$(VENV)/cache-peers/done: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/glocal/kernels/native/*.[ch]*)
+	$(PYTHON) -m venv $(VENV)/cache-peers
+	$(VENV)/cache-peers/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch
+	$(VENV)/cache-peers/bin/python -m pip --disable-pip-version-check install -q kvpress==0.5.5 transformers==5.2.0 -e '.[hf]'
 	touch $@
 
 # The report is read back in a real browser; where none can be installed, that test says so and is skipped.

@@ -1,24 +1,27 @@
 """Time and memory of every sparse mechanism from 1,024 to 32,768 tokens, against full attention on equal sizes.
 
-    python benchmarks/cost_curves.py [--only moba ...] [--longest 32768] [--write]
+    python benchmarks/cost_curves.py [--only NAME ...] [--longest 32768] [--write]
 
 A layer's forward pass without gradients, batch 1, 256 channels, 4 heads, random weights, its projections included;
 each with the sizes that its name gives, otherwise the layer's defaults. Queries and keys are random, so that what
 is chosen by data is scattered, and choosing gains less than it would on text.
 Time is the median of three calls after one that is not counted; memory is the peak beyond what was held before.
 The exponent is that of a power law fitted to the times from 4,096 tokens on: 1 is linear, 2 is quadratic. ``--write``
-puts the table into docs/costs.md and the picture into docs/pictures/costs.png.
+puts the table into docs/costs.md and the picture into docs/pictures/costs.png; with ``--only``, only the rows that were
+measured change.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import gc
 import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +31,22 @@ from torch import Tensor, nn
 
 from glocal import nn as layers
 from glocal.bench.probe import resident
+from glocal.cache import Cache
 from glocal.models.vision.fit import FIT
 
 ROOT = Path(__file__).resolve().parents[1]
 DIM, HEADS, PATIENCE = 256, 4, 25.0
 LENGTHS = [1024 * 2**n for n in range(6)]
+DEPTH, BUDGET = 8, 512
+
+DECODING_TEXT = f"""
+## One step of decoding
+
+Some mechanisms act in decoding only. One new token through a stack of {DEPTH} attention layers of the same sizes,
+nothing between them, with caches that hold random keys and values of so many tokens: the median of 15 steps after 3
+that are not counted, and the bytes that all caches hold. Budgets are {BUDGET} tokens. H2O drops what its budget has no
+room for in every layer; LessIsMore keeps every token, layers 0 to 2 and {DEPTH // 2} of {DEPTH} read all of them.
+""".strip()
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,73 @@ CASES: dict[str, Case] = {
 }
 
 
+class Stack(nn.Module):
+    """Attention layers, each added to what came before."""
+
+    def __init__(self, kind: type[layers.Attention], **settings: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(kind(DIM, HEADS, causal=True, **settings) for _ in range(DEPTH))
+
+    def forward(self, x: Tensor, caches: list[Cache]) -> Tensor:
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = x + layer(x, cache=cache)
+        return x
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A way to decode: layers, what is switched on around them, and the tokens that a cache must be given."""
+
+    paper: str
+    make: Callable[[], Stack]
+    claim: str
+    inside: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
+    room: int | None = None
+    """Where a cache drops tokens, how many random ones fill it; the text before them leaves no trace."""
+
+
+DECODING: dict[str, Decoding] = {
+    "full cache": Decoding("", lambda: Stack(layers.Attention), "N"),
+    "heavy hitters 256 + 256": Decoding(
+        "S012",
+        lambda: Stack(layers.HeavyHitterAttention, heavy=BUDGET // 2, recent=BUDGET // 2),
+        "h + r, in memory too",
+        room=BUDGET + 1,
+    ),
+    "LessIsMore 512": Decoding(
+        "S091",
+        lambda: Stack(layers.Attention),
+        "N in 4 of 8 layers, 512 in the others",
+        lambda stack: layers.LessIsMore(stack, budget=BUDGET, correction=DEPTH // 2),
+    ),
+}
+
+
+def filled(layer: layers.Attention, length: int, room: int | None) -> Cache:
+    """The layer's cache after ``length`` random tokens."""
+    cache = layer.new_cache()
+    q, k, v = torch.randn(3, 1, HEADS, length if room is None else min(room, length), layer.head_dim).unbind()
+    cache.update(k, v, queries=q)
+    cache.seen = length
+    return cache
+
+
+def decode(case: Decoding, length: int) -> tuple[float, int]:
+    """Seconds of a step and bytes of all caches."""
+    torch.manual_seed(0)
+    stack, times = case.make().eval(), []
+    with torch.no_grad(), case.inside(stack):
+        # A cache that drops tokens is filled token by token, so one is filled for all layers.
+        made = filled(stack.layers[0], length, case.room)
+        caches = [filled(layer, length, None) if case.room is None else copy.deepcopy(made) for layer in stack.layers]
+        for _ in range(18):
+            x = torch.randn(1, 1, DIM)
+            start = time.perf_counter()
+            stack(x, caches)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[3:]), sum(cache.nbytes for cache in caches)
+
+
 def measure(layer: nn.Module, x: Tensor) -> tuple[float, int]:
     """Seconds of a call and bytes at its peak."""
     with torch.no_grad():
@@ -161,56 +242,99 @@ def curve(case: Case, longest: int) -> tuple[dict[int, float], dict[int, int]]:
     return seconds, peak
 
 
+HEAD = ["mechanism", "paper", *(f"{n // 1024}k ms" for n in LENGTHS)]
+FORWARD_HEAD = [*HEAD, "peak MiB", "exponent", "against full", "claim"]
+DECODING_HEAD = [*HEAD, "caches MiB", "exponent", "against full", "claim"]
+
+
+def row_of(
+    name: str, case: Case | Decoding, seconds: dict[int, float], size: dict[int, int], full: dict[int, float], form: str
+) -> list[str]:
+    """A row of a table; milliseconds, and MiB, in ``form``."""
+    shared = max(set(full) & set(seconds))
+    row = [
+        name,
+        case.paper,
+        *(format(1e3 * seconds[n], form) if n in seconds else "" for n in LENGTHS),
+        " / ".join(format(held / 2**20, form) for held in size.values()),
+        f"{exponent(seconds):.2f}",
+        f"{full[shared] / seconds[shared]:.1f}x at {shared // 1024}k",
+        case.claim,
+    ]
+    print(" | ".join(row), flush=True)
+    return row
+
+
+def forward_table(only: set[str], longest: int) -> tuple[list[list[str]], dict[str, dict[int, float]]]:
+    """Rows, and seconds by length of each mechanism; nothing where no row was asked for."""
+    rows, curves, full = [], {}, {}
+    if not only & set(CASES):
+        return rows, curves
+    print(" | ".join(FORWARD_HEAD))
+    for name, case in CASES.items():
+        if name not in only and not name.startswith("full"):
+            continue
+        seconds, peak = curve(case, longest)
+        curves[name] = seconds
+        causal = getattr(case.make(1024), "causal", False)
+        if name.startswith("full"):
+            full[causal] = seconds
+        rows.append(row_of(name, case, seconds, peak, full[causal], ".0f"))
+    return rows, curves
+
+
+def decoding_table(only: set[str], longest: int) -> list[list[str]]:
+    """Rows; none where none was asked for."""
+    rows: list[list[str]] = []
+    if not only & set(DECODING):
+        return rows
+    print(" | ".join(DECODING_HEAD))
+    full: dict[int, float] = {}
+    for name, case in DECODING.items():
+        if name not in only and name != "full cache":
+            continue
+        found = {n: decode(case, n) for n in LENGTHS if n <= longest}
+        seconds, held = ({n: pair[at] for n, pair in found.items()} for at in range(2))
+        full = full or seconds
+        rows.append(row_of(name, case, seconds, held, full, ".1f"))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=[], help="names of mechanisms")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="names of mechanisms, of either table")
     parser.add_argument("--longest", type=int, default=LENGTHS[-1])
     parser.add_argument("--write", action="store_true", help="write docs/costs.md and docs/pictures/costs.png")
     args = parser.parse_args()
-    unknown = set(args.only) - set(CASES)
+    known = [*CASES, *DECODING]
+    unknown = set(args.only) - set(known)
     if unknown:
-        parser.error(f"no mechanism is called {' or '.join(sorted(unknown))}; they are {', '.join(CASES)}")
+        parser.error(f"no mechanism is called {' or '.join(sorted(unknown))}; they are {', '.join(known)}")
+    only = set(args.only or known)
     print(__doc__.splitlines()[0])
-    head = [
-        "mechanism",
-        "paper",
-        *(f"{n // 1024}k ms" for n in LENGTHS),
-        "peak MiB",
-        "exponent",
-        "against full",
-        "claim",
-    ]
-    print(" | ".join(head))
-    rows, curves, full = [], {}, {}
-    for name, case in CASES.items():
-        if args.only and name not in args.only and not name.startswith("full"):
-            continue
-        seconds, peak = curve(case, args.longest)
-        curves[name] = seconds
-        if name.startswith("full"):
-            full[case.make(1024).causal] = seconds
-        whole = full[getattr(case.make(1024), "causal", False)]
-        shared = max(set(whole) & set(seconds))
-        ratio = whole[shared] / seconds[shared]
-        row = [name, case.paper, *(f"{1e3 * seconds[n]:.0f}" if n in seconds else "" for n in LENGTHS)]
-        row += [
-            " / ".join(f"{size / 2**20:.0f}" for size in peak.values()),
-            f"{exponent(seconds):.2f}",
-            f"{ratio:.1f}x at {shared // 1024}k",
-            case.claim,
-        ]
-        rows.append(row)
-        print(" | ".join(row), flush=True)
+    rows, curves = forward_table(only, args.longest)
+    rows += decoding_table(only, args.longest)
     if args.write:
-        write(head, rows, curves)
+        write(ROOT / "docs" / "costs.md", rows)
+        if not args.only:
+            picture(curves)
 
 
-def write(head: list[str], rows: list[list[str]], curves: dict[str, dict[int, float]]) -> None:
-    """The table and the picture."""
+def write(page: Path, rows: list[list[str]]) -> None:
+    """Both tables; what was not measured stays as it was."""
+    old = page.read_text().splitlines() if page.exists() else []
+    known = {line.split("|")[1].strip(): line for line in old if line.startswith("| ")}
+    known |= {row[0]: f"| {' | '.join(row)} |" for row in rows}
     text = ["# What each mechanism costs", "", *__doc__.strip().splitlines()[4:], ""]
-    text += ["![Time against length](pictures/costs.png)", "", f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
-    text += [f"| {' | '.join(row)} |" for row in rows]
-    (ROOT / "docs" / "costs.md").write_text("\n".join(text) + "\n")
+    text += ["![Time against length](pictures/costs.png)", ""]
+    for head, cases, after in ((FORWARD_HEAD, CASES, ["", DECODING_TEXT, ""]), (DECODING_HEAD, DECODING, [])):
+        text += [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+        text += [known[name] for name in cases if name in known] + after
+    page.write_text("\n".join(text) + "\n")
+
+
+def picture(curves: dict[str, dict[int, float]]) -> None:
+    """Milliseconds against length, a line a mechanism."""
     import matplotlib
 
     matplotlib.use("Agg")

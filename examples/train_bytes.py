@@ -31,14 +31,16 @@ from torch import Tensor
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from glocal.bench.corpus import VOCAB, python_source, to_ids
-from glocal.hf import swapped
+from glocal.hf import adapt
 
 CHECKPOINT = "checkpoint.safetensors"
 
 
 def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoint, weights and curve.")],
-    steps: Annotated[int, typer.Option(help="Optimizer steps in all; a resumed run may be given another number.")] = 3000,
+    steps: Annotated[
+        int, typer.Option(help="Optimizer steps in all; a resumed run may be given another number.")
+    ] = 3000,
     length: Annotated[int, typer.Option(help="Tokens of context.")] = 2048,
     tokens: Annotated[int, typer.Option(help="Tokens of a step, a multiple of the length.")] = 4096,
     width: Annotated[int, typer.Option(help="Channels, a multiple of 64.")] = 256,
@@ -61,9 +63,15 @@ def train(
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
     last = steps if stop_after is None else min(steps, stop_after)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     try:
-        with swapped(run.model, "causal()"), Progress(*columns, console=console) as bar:
+        with adapt(run.model, "causal()"), Progress(*columns, console=console) as bar:
             task = bar.add_task("training", total=last, completed=run.step)
             while run.step < last:
                 loss = run.advance(steps, length, tokens)

@@ -8,6 +8,7 @@ import torch
 from glocal.cache import HeavyHitters, WindowCache, replay
 from glocal.nn import Attention, HeavyHitterAttention, Rope
 from tests.nn.layers import by_mask, project, steps
+from tests.peers import load_kvpress
 
 
 def brute_force(q, k, heavy, recent, scale):
@@ -82,6 +83,49 @@ def test_many_tokens_at_once_are_as_good_as_one_by_one():
         torch.testing.assert_close(a, b)
     assert at_once.seen == 48 and at_once.kept()[0].k.shape[2] == 8
     torch.testing.assert_close(at_once.kept()[0].k, k.gather(2, at_once.position[..., None].expand(-1, -1, -1, 8)))
+
+
+class Averaged(HeavyHitters):
+    """The taste of kvpress: the mean over the queries that saw a token, in place of the sum."""
+
+    def worth(self):
+        return self.sums / (self.seen - self.position)
+
+
+def stored_attention(q, k):
+    length = q.shape[2]
+    scores = (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT) * q.shape[-1] ** -0.5
+    return scores.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_scores_and_kept_set_agree_with_kvpress(kv_heads):
+    """Its press drops once, after the prompt; so does a cache that had room until then."""
+    press = load_kvpress("presses.observed_attention_press").ObservedAttentionPress(0.75)
+    q, k, v = qkv(kv_heads=kv_heads)
+    attention = stored_attention(q, k)
+    number = torch.arange(48.0, dtype=torch.float64).view(1, 1, 48, 1).expand_as(k)  # what was kept says where it was
+    scores = press.score(None, None, k, v, attention, {})
+    theirs = press.compress(type("Module", (), {"head_dim": 8}), None, k, number, attention, {})[1][..., 0]
+    cache = Averaged(48, 0)
+    cache.update(k, v, queries=q)
+    torch.testing.assert_close(cache.worth() * kv_heads / 4, scores)
+    cache.heavy = 12
+    cache.update(k[:, :, :1], v[:, :, :1], queries=q[:, :, :1])
+    assert torch.equal(cache.position[..., :-1].double(), theirs.sort(-1).values)
+
+
+def test_hot_tokens_are_kept_token_by_token_as_kvpress_keeps_them():
+    """Sums favour early tokens and means late ones; what is hot enough both keep."""
+    press = load_kvpress("presses.observed_attention_press").ObservedAttentionPress(0.0)
+    q, k, v = qkv()
+    q[..., 0], k[..., 0] = 6, 0
+    for item, hot in enumerate(([0, 11, 20, 29], [0, 1, 12, 31])):
+        k[item, :, hot, 0] = 5
+    ours = replay(lambda: HeavyHitters(4, 6), k, v, queries=q)[:, :, -1, :41]  # before the recent ones and itself
+    scores = press.score(None, None, k, v, stored_attention(q, k), {})[..., :41]
+    theirs = torch.zeros_like(ours).scatter(-1, scores.topk(4).indices, True)
+    assert torch.equal(ours, theirs) and ours.sum() == 2 * 2 * 4
 
 
 def layer(heavy, recent, **options):

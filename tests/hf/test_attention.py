@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from glocal import Full, Sliding
-from glocal.hf import attention, recorded, swapped
+from glocal.hf import adapt, attention, recorded
 from glocal.patterns import from_hf
 from tests import oracle
 
@@ -65,8 +65,8 @@ def close(a, b, mask, atol=1e-5):
 def test_full_is_sdpa(pad, left):
     model, batch = bert(), tokens(pad=pad, left=left)
     before = states(model, batch)
-    with swapped(model, "full()") as same:
-        assert same is model
+    with adapt(model, "full()") as handle:
+        assert handle.model is model
         close(before, states(model, batch), batch["attention_mask"])
     assert torch.equal(before, states(model, batch))
 
@@ -74,7 +74,7 @@ def test_full_is_sdpa(pad, left):
 def test_padding_never_reaches_real_tokens():
     model, batch = bert(), tokens(pad=4)
     other = {**batch, "input_ids": torch.where(batch["attention_mask"].bool(), batch["input_ids"], 7)}
-    with swapped(model, Sliding(5, 5)):
+    with adapt(model, Sliding(5, 5)):
         close(states(model, batch), states(model, other), batch["attention_mask"], 0)
         assert not torch.allclose(states(model, batch), states(model, {"input_ids": batch["input_ids"]}))
 
@@ -82,7 +82,7 @@ def test_padding_never_reaches_real_tokens():
 def test_pattern_means_what_it_says():
     """A witness from outside: the pattern's mask, given to transformers' own eager attention."""
     model, batch = bert(), tokens()
-    with swapped(model, "sliding(2, 1) | tokens([0])"):
+    with adapt(model, "sliding(2, 1) | tokens([0])"):
         mine = states(model, batch)
     from glocal import parse
 
@@ -98,9 +98,11 @@ def test_pattern_means_what_it_says():
 def test_mistral_window_is_from_hf(implementation, pad, left, window):
     model, batch = mistral(window, implementation), tokens(pad=pad, left=left)
     theirs = states(model, batch)
-    with swapped(model, from_hf(window)):
+    with adapt(model, from_hf(window)):
         close(theirs, states(model, batch), batch["attention_mask"], 2e-5)
-    with swapped(model, "full()"):  # still causal, window replaced
+    with adapt(model, "full()"):  # still causal, still in its window
+        close(theirs, states(model, batch), batch["attention_mask"], 2e-5)
+    with adapt(model, "full()", own_window=False):
         wide = states(model, batch)
     close(states(mistral(None), batch), wide, batch["attention_mask"], 2e-5)
     if window == 5:
@@ -110,7 +112,7 @@ def test_mistral_window_is_from_hf(implementation, pad, left, window):
 def test_decoding_with_a_cache():
     model, batch = mistral(5), tokens(batch=2, length=11)
     whole = states(model, batch)
-    with swapped(model, from_hf(5)):
+    with adapt(model, from_hf(5)):
         cache, steps = DynamicCache(), []
         for t in range(11):
             ids = batch["input_ids"][:, t : t + 1]
@@ -125,7 +127,7 @@ def test_packed_documents_stay_apart():
     places = torch.cat([torch.arange(5), torch.arange(7)])[None]
     with torch.no_grad():
         theirs = model(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state
-        with swapped(model, "full()"):
+        with adapt(model, "full()"):
             mine = model(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state
     assert torch.allclose(mine, theirs, atol=2e-5)
 
@@ -136,17 +138,17 @@ def test_four_dimensional_mask_is_kept():
     four |= torch.eye(21, dtype=torch.bool)
     batch["attention_mask"] = four
     theirs = states(model, batch)
-    with swapped(model, Full()):
+    with adapt(model, Full()):
         assert torch.allclose(states(model, batch), theirs, atol=1e-5)
 
 
 def test_a_pattern_for_each_layer():
     model, batch = bert(), tokens()
-    with swapped(model, ["sliding(1, 1)", "full()"]):
+    with adapt(model, ["sliding(1, 1)", "full()"]):
         one = states(model, batch)
-    with swapped(model, lambda module: Sliding(1, 1) if module.layer_idx == 0 else Full()):
+    with adapt(model, lambda module: Sliding(1, 1) if module.layer_idx == 0 else Full()):
         assert torch.equal(one, states(model, batch))
-    with swapped(model, ["full()", "sliding(1, 1)"]):
+    with adapt(model, ["full()", "sliding(1, 1)"]):
         assert not torch.allclose(one, states(model, batch), atol=1e-4)
 
 
@@ -159,10 +161,10 @@ def test_model_is_left_as_it_was(implementation):
     model, batch = bert(), tokens()
     model.set_attn_implementation(implementation)
     before, known = model.config.to_dict(), registries()
-    with pytest.raises(RuntimeError, match="mine"), swapped(model, Full()), swapped(model, Sliding(1, 1)):
+    with pytest.raises(RuntimeError, match="mine"), adapt(model, Full()), adapt(model, Sliding(1, 1)):
         assert len(registries()[0]) == len(known[0]) + 2
         raise RuntimeError("mine")
-    with pytest.raises(ValueError, match="Window"), swapped(model, "window(99)"):
+    with pytest.raises(ValueError, match="Window"), adapt(model, "window(99)"):
         states(model, batch)
     with recorded(model, ["full()"]):
         states(model, batch)
@@ -172,16 +174,16 @@ def test_model_is_left_as_it_was(implementation):
 
 def test_nested_swaps_and_two_models():
     model, other, batch = bert(), bert(), tokens()
-    with swapped(model, Sliding(1, 1)):
+    with adapt(model, Sliding(1, 1)):
         narrow = states(model, batch)
-        with swapped(other, Full()), swapped(model, Full()):
+        with adapt(other, Full()), adapt(model, Full()):
             assert torch.equal(states(other, batch), states(model, batch))
         assert torch.equal(states(model, batch), narrow)
 
 
 def test_gradients_and_dropout():
     model, batch = bert(attention_probs_dropout_prob=0.5), tokens(pad=2)
-    with swapped(model.train(), Sliding(3, 3)):
+    with adapt(model.train(), Sliding(3, 3)):
         out = model(**batch).last_hidden_state
         out.square().sum().backward()
     grads = [p.grad for name, p in model.named_parameters() if "attention" in name]
@@ -212,9 +214,9 @@ def test_refusals():
         (["full()"], ValueError, "2 layers"),
         (["full()", 3], TypeError, "where"),
     ]:
-        with pytest.raises(kind, match=word), swapped(model, wrong):
+        with pytest.raises(kind, match=word), adapt(model, wrong):
             pass
-    with pytest.raises(TypeError, match="PreTrainedModel"), swapped(torch.nn.Linear(2, 2), Full()):
+    with pytest.raises(TypeError, match="PreTrainedModel"), adapt(torch.nn.Linear(2, 2), Full()):
         pass
     q = torch.randn(1, 1, 3, 4)
     for name in ("s_aux", "head_mask", "output_attentions"):
@@ -222,20 +224,12 @@ def test_refusals():
             attention(Plain(), q, q, q, None, where=Full(), **{name: True})
     with pytest.raises(ValueError, match="2 or 4 axes"):
         attention(Plain(), q, q, q, torch.ones(1, 1, 3), where=Full())
-    with pytest.raises(ValueError, match="backend"), swapped(model, Full(), backend="abacus"):
+    with pytest.raises(ValueError, match="backend"), adapt(model, Full(), backend="abacus"):
         states(model, batch)
 
 
 def test_a_model_without_the_registry():
     model = bert()
     model._can_set_attn_implementation = lambda: False
-    with pytest.raises(TypeError, match="registry"), swapped(model, Full()):
+    with pytest.raises(TypeError, match="registry"), adapt(model, Full()):
         pass
-
-
-def test_static_cache_is_refused():
-    from transformers import StaticCache
-
-    model = mistral(None)
-    with pytest.raises(ValueError, match="static cache"), swapped(model, Full()), torch.no_grad():
-        model(**tokens(batch=1), cache=StaticCache(config=model.config, max_cache_len=64), use_cache=True)

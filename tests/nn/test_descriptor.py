@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_attention
 
 from glocal.cache import DescriptorCache
 from glocal.nn import Attention, DescriptorAttention, Rope, choose_keyframes
+from tests.peers import load_timm
 
 SPECIAL = 2
 
@@ -50,6 +53,22 @@ def test_factor_one_is_full_attention():
     full.load_state_dict(layer.state_dict())
     x = frames(layer).flatten(1, 2)
     torch.testing.assert_close(layer(x), full(x, positions=places(layer, 3)[0]))
+
+
+def test_factor_one_is_timms_attention():
+    layer = make(factor=1, rope=None, qkv_bias=True, out_bias=True)
+    norm = partial(torch.nn.LayerNorm, eps=1e-6)
+    peer = load_timm("layers").Attention(32, 2, qkv_bias=True, qk_norm=True, norm_layer=norm).double()
+    parts = (layer.q_proj, layer.k_proj, layer.v_proj)
+    with torch.no_grad():
+        peer.qkv.weight.copy_(torch.cat([part.weight for part in parts]))
+        peer.qkv.bias.copy_(torch.cat([part.bias for part in parts]))
+        for norms in (layer.q_norm, layer.k_norm):
+            torch.nn.init.normal_(norms.weight)
+    for theirs, ours in ((peer.proj, layer.o_proj), (peer.q_norm, layer.q_norm), (peer.k_norm, layer.k_norm)):
+        theirs.load_state_dict(ours.state_dict())
+    x = frames(layer).flatten(1, 2)
+    torch.testing.assert_close(layer(x), peer(x))
 
 
 @pytest.mark.parametrize(("patches", "factor"), [((8, 8), 2), ((9, 6), 3), ((8, 8), 4), ((7, 11), 4)])

@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from glocal.nn import MultiWindowAttention
 from glocal.nn.multiwindow import divisor_windows
 from tests.nn.layers import by_mask, gradients_agree, project, steps
+from tests.peers import load_timm
 
 WINDOWS = (2, 5, 10, 25, 50, 125, 0, 0)
 
@@ -87,6 +88,37 @@ def test_all_global_heads_are_torchs_attention():
     x = torch.randn(2, 10, 24, dtype=torch.float64)
     torch.testing.assert_close(layer(x), peer(x, x, x)[0])
     assert not list(layer.bias)
+
+
+def copy_joint(peer, layer):
+    """Our weights in timm's joint projection."""
+    parts = (layer.q_proj, layer.k_proj, layer.v_proj)
+    with torch.no_grad():
+        peer.qkv.weight.copy_(torch.cat([part.weight for part in parts]))
+        peer.qkv.bias.copy_(torch.cat([part.bias for part in parts]))
+    peer.proj.load_state_dict(layer.o_proj.state_dict())
+
+
+def test_all_global_heads_are_timms_attention():
+    peer = load_timm("layers").Attention(24, 3, qkv_bias=True).double()
+    layer = make((0, 0, 0), qkv_bias=True, out_bias=True)
+    copy_joint(peer, layer)
+    x = torch.randn(2, 10, 24, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), peer(x))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_heads_of_one_window_are_timms_window_attention_on_a_row(heads):
+    swin = load_timm("models.swin_transformer")
+    layer = make((5,) * heads, dim=16, qkv_bias=True, out_bias=True)
+    peer = swin.WindowAttention(16, heads, window_size=(1, 5)).double()
+    copy_joint(peer, layer)
+    with torch.no_grad():  # it counts query minus key, we key minus query
+        peer.relative_position_bias_table.copy_(torch.stack([values.flip(0) for values in layer.bias], 1))
+    x = torch.randn(2, 20, 16, dtype=torch.float64)
+    windows = swin.window_partition(x[:, None], (1, 5)).flatten(1, 2)
+    theirs = swin.window_reverse(peer(windows).view(-1, 1, 5, 16), (1, 5), 1, 20)
+    torch.testing.assert_close(layer(x), theirs[:, 0])
 
 
 def test_a_window_of_the_whole_length_is_full_attention_with_a_relative_bias():

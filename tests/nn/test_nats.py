@@ -136,7 +136,7 @@ def test_role_gradient_is_the_finite_difference_of_the_surrogate(budget, monkeyp
     q, k, v, chosen, towards = parts()
     own = chosen.clone().requires_grad_()
     out = weighted(q, k, v, surrogate(chosen, 3))
-    (_RoleGradient.apply(out, own, q, k, v, None, 1.0, 3, False) * towards).sum().backward()
+    (_RoleGradient.apply(out, own, q, k, v, None, 1.0, 3, 1, False) * towards).sum().backward()
     numeric, step = torch.zeros_like(chosen), 1e-6
     for place in range(chosen.numel()):
         change = torch.zeros_like(chosen)

@@ -11,6 +11,7 @@ import torch
 from glocal.nn import NeighborhoodAttention, Rope, SlidingWindowAttention
 from tests import oracle
 from tests.nn.layers import steps
+from tests.peers import load_timm
 
 GRIDS = [
     # grid, window, dilation, stride, causal
@@ -126,6 +127,17 @@ def test_stride_of_a_window_is_blocked_attention():
     out = torch.nn.functional.scaled_dot_product_attention(*(blocks(t) for t in (q, k, v)))
     back = out.unflatten(3, (4, 4)).unflatten(2, (2, 3)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
     torch.testing.assert_close(layer(x), layer.o_proj(back.movedim(1, -2).flatten(-2)))
+
+
+def test_stride_of_a_window_is_attention_in_timms_windows():
+    swin = load_timm("models.swin_transformer")
+    layer = make((4, 3), stride=(4, 3), rpb=False)
+    x = torch.randn(2, 8, 9, 16, dtype=torch.float64)
+    q, k, v = (t.movedim(1, -2).flatten(-2) for t in layer.project(x, x, None, None))
+    q, k, v = (swin.window_partition(t, (4, 3)).flatten(1, 2).unflatten(-1, (2, 8)).transpose(1, 2) for t in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    back = swin.window_reverse(out.unflatten(1, (4, 3)), (4, 3), 8, 9)
+    torch.testing.assert_close(layer(x), layer.o_proj(back))
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ import torch
 
 from glocal.nn import NativeSparseAttention, Rope
 from glocal.nn import nsa as module
+from glocal.patterns import Between
 from tests import oracle
 from tests.nn.layers import by_mask, project, steps
+from tests.peers import load_fla
 
 SIZES = {"compress_size": 6, "compress_stride": 3, "block_size": 4, "top_k": 5, "window": 7}
 
@@ -88,6 +90,38 @@ def test_equals_loops_with_a_short_last_block(options, monkeypatch):
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other)
+
+
+def test_equals_flash_linear_attention():
+    """Its definition: a mean of each block, one size for compressed and chosen blocks, 16 query heads a key head."""
+    naive = load_fla("ops.nsa.naive")
+    torch.manual_seed(0)
+    sizes = {"compress_size": 16, "compress_stride": 16, "block_size": 16, "top_k": 4}
+    layer = NativeSparseAttention(
+        64, 32, num_kv_heads=2, head_dim=16, causal=True, rope=Rope(), branches=("compress", "select"), **sizes
+    ).double()
+    torch.nn.init.normal_(layer.q_proj.weight, std=0.5)  # scores that are not flat
+    x = torch.randn(1, 256, 64, dtype=torch.float64)
+    q, k, v = project(layer, x)
+    theirs = [t.transpose(1, 2) for t in (q, k, v)]
+    gates = layer.gate_proj(x).sigmoid().unflatten(-1, (32, 2))
+    with torch.no_grad():
+        out, blocks = naive.naive_nsa(
+            *theirs, *gates.unbind(-1), block_counts=4, block_size=16, return_block_indices=True
+        )
+        torch.testing.assert_close(layer(x), layer.o_proj(out.flatten(2)), atol=1e-5, rtol=1e-5)  # its softmax: float32
+        call = module.Call(x, x, None, None, False)
+        keys, values, _ = layer.compress(k, v, call)
+        hi = layer.complete_blocks(256, 256, 16, x.device)
+        mixed, lse = layer.attend(
+            q, keys, values, Between(torch.zeros_like(hi), hi), call, return_lse=True
+        )
+        chosen = layer.choose(q, k, keys, lse, call, hi, None)
+        compressed = naive.naive_nsa_compression(theirs[0], *(t.transpose(1, 2) for t in (keys, values)), 16, 0.25)
+    assert torch.equal(chosen.sort(-1).values, blocks.transpose(1, 2).sort(-1).values)
+    assert len(chosen[:, :, -1].flatten(0, 1).unique(dim=0)) == 2  # the two groups chose, each its own
+    torch.testing.assert_close(mixed.transpose(1, 2), compressed[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.transpose(1, 2), compressed[1].to(lse), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 from glocal import explain
 from glocal.bench import cost, encoder, text
 from glocal.bench.encoder import Batch, Encoder
-from glocal.hf import recorded, swapped
+from glocal.hf import adapt, recorded
 from glocal.patterns import Full, Pattern, parse
 
 __all__ = ["LADDER", "Comparison", "Cost", "Fidelity", "Interrupted", "Settings", "agreement", "compare", "patterns_of"]
@@ -241,7 +241,7 @@ def _fidelity(model: Encoder, parts: list[Batch], wheres: list[Pattern], count: 
         if isinstance(where, Full):
             moved = reference
         else:
-            with swapped(model.model, where):
+            with adapt(model.model, where):
                 moved = all_of(repr(where))
         cosine = (reference * moved).sum(1) / (reference.norm(dim=1) * moved.norm(dim=1))
         pairs = where.count(longest) / (1 if not where.lead((longest,), (longest,)) else model.heads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,11 +60,29 @@ class Cache(ABC):
         """Bytes held."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, in this order, as beam search does; a row may come several times."""
+        for name, value in vars(self).items():
+            setattr(self, name, _select(value, rows))
+
     def _check(self, k: Tensor, v: Tensor) -> None:
         if k.dim() != 4 or k.shape[:-1] != v.shape[:-1]:
             raise ValueError(
                 f"k and v must be (B, Hkv, n, D) and (B, Hkv, n, Dv); they were {tuple(k.shape)} and {tuple(v.shape)}"
             )
+
+
+def _select(value: Any, rows: Tensor) -> Any:
+    """Rows of every tensor in a policy's state: its first axis is the batch, or 1 where all rows agree."""
+    if isinstance(value, Tensor):
+        if value.dim() < 2 or (value.shape[0] == 1 and bool((rows > 0).any())):
+            return value
+        return value.index_select(0, rows.to(value.device))
+    if isinstance(value, dict):
+        return {key: _select(item, rows) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_select(item, rows) for item in value)
+    return value
 
 
 class FullCache(Cache):

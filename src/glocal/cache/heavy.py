@@ -7,9 +7,11 @@ from torch import Tensor
 
 from glocal.cache.base import Cache, Kept
 from glocal.condense import best, share_heads
-from glocal.shapes import Float
+from glocal.shapes import Bool, Float
 
 __all__ = ["HeavyHitters"]
+
+_PAIRS = 1 << 21  # scores of a prompt held at a time
 
 
 class HeavyHitters(Cache):
@@ -21,17 +23,17 @@ class HeavyHitters(Cache):
     and itself. Each item of the batch keeps its own. Sums favour early tokens, which more queries have seen.
     Zhang et al., 2023, arXiv 2306.14048; the cache of SinkLoRA (Zhang, 2024, arXiv 2406.05678).
 
-    A prompt is taken token by token, as decoding would; the paper's code reads it in full and drops tokens once, after
-    it.
-
     Args:
         heavy, recent: tokens kept of each kind.
         scale: of the scores, as in the layer; ``D ** -0.5`` where None.
+        prompt: how several tokens at the start are taken: ``"steps"``, token by token, as decoding would; ``"whole"``,
+            as in the paper's code, which reads a prompt in full (every query gives its attention to all tokens before
+            it) and drops tokens once, after it.
 
     `update` needs the signal ``queries (B, H, n, D)``, after their rotary embedding.
 
     Raises:
-        ValueError: a negative number of tokens, or queries that do not fit the keys.
+        ValueError: a negative number of tokens, another way with prompts, or queries that do not fit the keys.
 
     >>> import torch
     >>> from glocal.cache import HeavyHitters, replay
@@ -40,12 +42,14 @@ class HeavyHitters(Cache):
     [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 1, 0, 1, 1]]
     """
 
-    def __init__(self, heavy: int, recent: int, *, scale: float | None = None) -> None:
+    def __init__(self, heavy: int, recent: int, *, scale: float | None = None, prompt: str = "steps") -> None:
         super().__init__()
+        if prompt not in ("steps", "whole"):
+            raise ValueError(f"prompt must be 'steps' or 'whole'; it was {prompt!r}")
         for name, value in (("heavy", heavy), ("recent", recent)):
             if value < 0:
                 raise ValueError(f"{name} must not be negative; it was {value}")
-        self.heavy, self.recent, self.scale = heavy, recent, scale
+        self.heavy, self.recent, self.scale, self.prompt = heavy, recent, scale, prompt
         self.k: Tensor | None = None
         self.v: Tensor | None = None
         self.sums: Tensor | None = None  # (B, Hkv, T)
@@ -56,9 +60,25 @@ class HeavyHitters(Cache):
         if queries is None or queries.dim() != 4 or queries.shape[2:] != k.shape[2:] or queries.shape[1] % k.shape[1]:
             found = None if queries is None else tuple(queries.shape)
             raise ValueError(f"queries must be (B, H, n, D) for k {tuple(k.shape)}; it was {found}")
+        if self.prompt == "whole" and not self.seen and k.shape[2] > 1:
+            self._read(k, v, queries.detach())
+            return
         for t in range(k.shape[2]):
             at = slice(t, t + 1)
             self._add(k[:, :, at], v[:, :, at], queries[:, :, at].detach())
+
+    def _read(self, k: Tensor, v: Tensor, q: Tensor) -> None:
+        """A prompt in full: sums over all its queries, then one eviction, which leaves room for no token more."""
+        count = k.shape[2]
+        wide = torch.promote_types(k.dtype, torch.float32)
+        self.k, self.v, self.seen = k, v, count
+        self.position = torch.arange(count, device=k.device).expand(*k.shape[:2], -1)
+        self.sums = torch.zeros(k.shape[:3], dtype=wide, device=k.device)
+        place = torch.arange(count, device=k.device)
+        for rows in place.split(max(1, _PAIRS // max(1, q.shape[0] * q.shape[1] * count))):
+            weights = self.attention(q[:, :, rows], place <= rows[:, None])
+            self.sums = self.sums + weights
+        self._evict()
 
     def _add(self, k: Tensor, v: Tensor, q: Tensor) -> None:
         self._evict()
@@ -73,14 +93,18 @@ class HeavyHitters(Cache):
         self.seen += 1
         self.sums = self.sums + self.attention(q)
 
-    def attention(self, q: Float[Tensor, "B H 1 D"]) -> Float[Tensor, "B Hkv T"]:
-        """What the newest query gives each kept token: ``exp(score - lse)``, added up over a key head's queries."""
+    def attention(
+        self, q: Float[Tensor, "B H n D"], seen: Bool[Tensor, "n T"] | None = None
+    ) -> Float[Tensor, "B Hkv T"]:
+        """What queries give each kept token: ``exp(score - lse)``, added up over them and over a key head's heads."""
         assert self.k is not None
         k = self.k.detach()
         wide = torch.promote_types(k.dtype, torch.float32)
-        grouped = q.squeeze(2).unflatten(1, (k.shape[1], -1)).to(wide)
-        scores = grouped @ k.to(wide).mT * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
-        weights = torch.exp(scores - scores.logsumexp(-1, keepdim=True))
+        grouped = q.unflatten(1, (k.shape[1], -1)).to(wide)
+        scores = grouped @ k.to(wide).mT[:, :, None] * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        if seen is not None:
+            scores = scores.masked_fill(~seen, -torch.inf)
+        weights = torch.exp(scores - scores.logsumexp(-1, keepdim=True)).sum(-2)
         return share_heads(weights.flatten(1, 2), k.shape[1])
 
     def _evict(self) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glocal.hf.attention import installed, own_pattern, picker, refuse
-from glocal.patterns import Pattern
+from glocal.hf.attention import refuse
+from glocal.hf.install import Installed
+from glocal.hf.masks import own
+from glocal.patterns import Pattern, parse
 
 __all__ = ["KeptMass", "recorded"]
 
@@ -49,11 +51,11 @@ def recorded(model: nn.Module, patterns: Sequence[Pattern | str]) -> Iterator[Ke
     full attention (causal where the model is).
 
     Args:
-        model: as in `swapped`.
+        model: as in `adapt`.
         patterns: patterns or their text; one pass serves all of them.
 
     Raises:
-        TypeError, ValueError: as in `swapped`.
+        TypeError, ValueError: as in `adapt`.
 
     Example::
 
@@ -61,7 +63,7 @@ def recorded(model: nn.Module, patterns: Sequence[Pattern | str]) -> Iterator[Ke
             model(**batch)
         kept.share().mean((1, 2))  # one number a pattern
     """
-    picks = [picker(model, p)(model) for p in patterns]
+    picks = [p if isinstance(p, Pattern) else parse(p) for p in patterns]
     kept = KeptMass(len(picks))
 
     def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
@@ -69,8 +71,11 @@ def recorded(model: nn.Module, patterns: Sequence[Pattern | str]) -> Iterator[Ke
         kept.add(id(module), sums, queries)
         return out.transpose(1, 2).contiguous(), None
 
-    with installed(model, forward):
+    place = Installed(model, forward)
+    try:
         yield kept
+    finally:
+        place.remove()
 
 
 @torch.no_grad()
@@ -90,9 +95,10 @@ def _full(
 ) -> tuple[Tensor, Tensor, int]:
     """Full attention ``(B, H, Nq, Dv)``, kept sums ``(patterns, H)`` and the number of real queries."""
     refuse(options)
-    own, bias = own_pattern(module, query, mask, is_causal)
+    mine = own(module, query, key.shape[2], mask, is_causal)
+    key, value = key[:, :, : mine.end], value[:, :, : mine.end]
     batch, heads, count, width = query.shape
-    grid_q, grid_k = own.check(count, key.shape[2])
+    grid_q, grid_k = mine.pattern.check(count, key.shape[2])
     key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
     scale = width**-0.5 if scaling is None else scaling
     real = torch.ones(batch, count, dtype=torch.bool, device=query.device)
@@ -103,10 +109,10 @@ def _full(
         scores = (query[:, :, rows] @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        for added in (bias, position_bias):
+        for added in (mine.bias, position_bias):
             if added is not None:
                 scores = scores + (added if added.shape[-2] == 1 else added[..., rows, :])
-        scores = scores.masked_fill(~own.rows(rows, grid_q, grid_k), -torch.inf)
+        scores = scores.masked_fill(~mine.pattern.rows(rows, grid_q, grid_k), -torch.inf)
         # A row with no key gives zeros, as everywhere in glocal.
         probability = scores.softmax(-1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
         outs.append(probability.to(value.dtype) @ value)

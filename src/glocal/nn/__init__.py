@@ -12,6 +12,7 @@ from glocal.nn.heavy import HeavyHitterAttention
 from glocal.nn.latent import LatentAttention
 from glocal.nn.less_is_more import LessIsMore, select_tokens, unified_topk
 from glocal.nn.longt5 import LongT5Attention
+from glocal.nn.mixture_of_heads import MixtureOfHeadsAttention, head_balance
 from glocal.nn.moba import MixtureOfBlocksAttention
 from glocal.nn.multiwindow import MultiWindowAttention
 from glocal.nn.nats import NeuralAttentionSearch
@@ -42,6 +43,7 @@ __all__ = [
     "LessIsMore",
     "LongT5Attention",
     "MixtureOfBlocksAttention",
+    "MixtureOfHeadsAttention",
     "MultiScaleWindowAttention",
     "MultiWindowAttention",
     "NativeSparseAttention",
@@ -56,6 +58,7 @@ __all__ = [
     "asa_layers",
     "choose_keyframes",
     "gate_rate",
+    "head_balance",
     "select_tokens",
     "unified_topk",
 ]

@@ -49,8 +49,10 @@ class Attention(nn.Module):
         qk_norm: ``"rms"`` or ``"layer"`` normalises queries and keys of each head, ``"rms_all"`` over all heads.
         rope: rotary positions.
         scale: of the scores; ``head_dim ** -0.5`` where None.
+        softcap: scores become ``softcap * tanh(scores / softcap)``, as in Gemma 2.
         dropout: of the attention probabilities, in training.
         backend: as in `glocal.attend`.
+        project: False leaves out the projections, for `mix` and `step` on queries, keys and values made elsewhere.
 
     Raises:
         ValueError: numbers that do not divide, or a use that the mechanism does not have.
@@ -83,8 +85,10 @@ class Attention(nn.Module):
         qk_norm: str | None = None,
         rope: Rope | None = None,
         scale: float | None = None,
+        softcap: float | None = None,
         dropout: float = 0.0,
         backend: str = "auto",
+        project: bool = True,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -102,16 +106,18 @@ class Attention(nn.Module):
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
         self.head_dim = dim // num_heads if head_dim is None else head_dim
         self.causal, self.rope, self.dropout, self.backend = causal, rope, dropout, backend
-        self.scale = self.head_dim**-0.5 if scale is None else scale
+        self.scale, self.softcap = self.head_dim**-0.5 if scale is None else scale, softcap
         if causal:
             only_cross = "causal-self" not in self.uses and "causal-cross" in self.uses
             self._has_use("causal-cross" if only_cross else "causal-self")
         self.kv_dim = kv_dim = dim if kv_dim is None else kv_dim
+        self.qk_norm = qk_norm
+        if not project:
+            return
         self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(kv_dim, num_kv_heads * self.head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(kv_dim, num_kv_heads * self.head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(num_heads * self.head_dim, dim, bias=out_bias)
-        self.qk_norm = qk_norm
         if qk_norm is not None:
             kind = nn.LayerNorm if qk_norm == "layer" else nn.RMSNorm
             wide = qk_norm == "rms_all"
@@ -154,6 +160,7 @@ class Attention(nn.Module):
         settings: dict[str, Any] = {
             "bias": self.score(call),
             "scale": self.scale,
+            "softcap": self.softcap,
             "dropout_p": self.dropout if self.training else 0.0,
             "backend": self.backend,
         }
@@ -256,11 +263,12 @@ class Attention(nn.Module):
             at_q = self.positions(tuple(x.shape[1:-1]), ahead, x.device)
         q, k, v = self.project(x, kv, at_q, at_k)
         call = Call(x, kv, None if keys is None else keys.flatten(1), cache, cross)
-        mixed = self.mix(q, k, v, call) if cache is None else self._step(q, k, v, call, cache)
+        mixed = self.mix(q, k, v, call) if cache is None else self.step(q, k, v, call, cache)
         out: Tensor = self.o_proj(mixed.movedim(1, -2).flatten(-2))
         return out
 
-    def _step(self, q: Tensor, k: Tensor, v: Tensor, call: Call, cache: Cache) -> Tensor:
+    def step(self, q: Tensor, k: Tensor, v: Tensor, call: Call, cache: Cache) -> Tensor:
+        """Tokens that follow those in the cache, ``(B, H, n, D)``: a prompt in parallel, then one after the other."""
         if cache.complete:
             cache.update(k, v, **self.signals(q, k, v, call))
             (part,) = cache.kept()

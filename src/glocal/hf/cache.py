@@ -1,0 +1,393 @@
+"""Caches for ``generate`` that keep what a policy keeps: the policies of `glocal.cache`, as transformers' ``Cache``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache as TransformersCache
+from transformers.cache_utils import CacheLayerMixin
+
+from glocal.cache import Cache, FullCache, HeavyHitters, SelectedTokens, WindowCache
+from glocal.hf.install import attention_modules, crosses
+from glocal.hf.mechanism import frame_for, own_window
+from glocal.nn import Attention, CoreContextAttention, LessIsMore, MixtureOfBlocksAttention
+from glocal.nn.frame import Call
+from glocal.patterns import Full, Pattern
+
+if TYPE_CHECKING:
+    from glocal.hf.adapt import Adapted
+
+__all__ = [
+    "AllOrHereCache",
+    "BlocksCache",
+    "CoreContextCache",
+    "HeavyHitterCache",
+    "LessIsMoreCache",
+    "PolicyCache",
+    "PolicyLayer",
+    "TokenRolesCache",
+    "WindowSinksCache",
+]
+
+_TAG = "_glocal_layer"
+_PADDED = (FullCache, SelectedTokens)  # what a token sees of them does not change when padding comes before it
+
+
+class Decoding(Attention):
+    """Full attention over a prompt, as the model's pattern has it, and a policy for the tokens after it."""
+
+    def __init__(self, *args: Any, policy: Callable[[], Cache], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.policy, self.pattern = policy, Full()
+
+    pattern: Pattern
+
+    def where(self, q: Tensor, k: Tensor, call: Call) -> Pattern:
+        own = super().where(q, k, call)
+        return own if isinstance(self.pattern, Full) else self.pattern & own
+
+    def new_cache(self) -> Cache:
+        return self.policy()
+
+    def signals(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> dict[str, Tensor]:
+        return {"queries": q}
+
+
+class PolicyLayer(CacheLayerMixin):
+    """One layer's policy. `update` only hands the new tokens on; `attend`, which has the queries too, decides.
+
+    Rows of a batch that begin with padding get a policy each, fed with their real tokens only, so that a row decodes
+    as it would alone.
+    """
+
+    is_sliding = False
+
+    def __init__(self, frame: Attention) -> None:
+        super().__init__()
+        self.frame = frame
+        self.policies: list[Cache] = [frame.new_cache()]
+        self.seen = self.batch = 0
+        self._by_row = self._pending = False
+
+    @staticmethod
+    def of(key: Tensor) -> PolicyLayer | None:
+        """The layer that these keys came through."""
+        found: PolicyLayer | None = getattr(key, _TAG, None)
+        return found
+
+    # What transformers calls.
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self._pending:
+            raise RuntimeError(
+                "this cache needs a model that glocal has adapted: use it inside `with glocal.hf.adapt(model):`"
+            )
+        self.is_initialized = self._pending = True
+        key_states = key_states.view_as(key_states)  # a tensor of our own to put the tag on
+        setattr(key_states, _TAG, self)
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        count = query_length if isinstance(query_length, int) else len(query_length)  # transformers 4: positions
+        return self.seen + count, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The same, by its name in older versions."""
+        return -1
+
+    def reset(self) -> None:
+        self.policies, self.seen, self.batch = [self.frame.new_cache()], 0, 0
+        self._by_row = self._pending = self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(self.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if not self.seen:
+            return
+        if self._by_row:
+            self.policies = [copy.deepcopy(self.policies[i]) for i in indices.tolist()]
+        else:
+            self.policies[0].select(indices)
+        self.batch = len(indices)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: what was dropped cannot come back, as assisted decoding would need."""
+        raise ValueError("a cache that drops tokens cannot be cropped: assisted decoding is not possible with it")
+
+    # What the attention function calls.
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call, pattern: Pattern) -> Tensor:
+        """New tokens ``q (B, H, n, D)``, ``k, v (B, Hkv, n, D)`` over what the policy keeps, ``(B, H, n, Dv)``."""
+        self._pending = False
+        if isinstance(self.frame, Decoding):
+            self.frame.pattern = pattern
+        count, real = q.shape[2], call.real  # `real` is of the past too
+        if not self.seen:
+            self.batch = q.shape[0]
+            self._by_row = real is not None and type(self.policies[0]) not in _PADDED
+            if self._by_row:
+                self.policies = [self.frame.new_cache() for _ in range(self.batch)]
+        self.seen += count
+        if not self._by_row:
+            policy = self.policies[0]
+            if real is not None and type(policy) not in _PADDED:
+                raise ValueError("padding must be at the start of the prompt; it came after real tokens")
+            return self.frame.step(q, k, v, call._replace(cache=policy), policy)
+        out = q.new_zeros(*q.shape[:-1], v.shape[-1])
+        for row, policy in enumerate(self.policies):
+            at = slice(row, row + 1)
+            some = slice(None) if real is None else real[row, -count:].nonzero().squeeze(1)
+            x = call.x[at][:, some]
+            one = Call(x, x, None, policy, False)
+            parts = [t[at][:, :, some] for t in (q, k, v)]
+            if parts[0].shape[2]:
+                out[row, :, some] = self.frame.step(*parts, one, policy)[0]
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(policy.nbytes for policy in self.policies)
+
+
+class PolicyCache(TransformersCache):
+    """A cache for ``generate`` of which each layer keeps what a policy of `glocal.cache` keeps.
+
+    The model must be adapted (`glocal.hf.adapt`, also with nothing but ``"full()"``), as a policy needs the queries.
+    The prompt runs in parallel under the adaptation's pattern, then the policy decides. Rows with left padding decode
+    as they would alone. Beams are reordered; a cache cannot be cropped, so assisted decoding is refused.
+    Layers that have a sliding window of their own keep just that.
+
+    Args:
+        model: a decoder of transformers.
+        frames: for each attention module's path its layer of `glocal.nn`; None for a full cache.
+
+    Raises:
+        ValueError: the model is no decoder, or a path is missing.
+    """
+
+    def __init__(self, model: nn.Module, frames: Mapping[str, Attention | None]) -> None:
+        modules = _decoder_modules(model)
+        layers = []
+        for path, module in modules.items():
+            frame, own = frames.get(path), own_window(module)
+            if frame is None:
+                frame = frame_for(module, Decoding, policy=FullCache if own is None else _keep_window(own))
+            layers.append(PolicyLayer(frame))
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(layer.nbytes for layer in self.layers)
+
+
+class WindowSinksCache(PolicyCache):
+    """The last ``window`` tokens and the ``sinks`` first ones (StreamingLLM; Xiao et al., 2023, arXiv 2309.17453).
+
+    Args:
+        model: an adapted decoder.
+        window: tokens, the newest included.
+        sinks: tokens at the start.
+
+    Raises:
+        ValueError: a budget below the sinks, or as in `PolicyCache`.
+
+    Example::
+
+        with adapt(model, "sliding(255, 0) | sinks(4)"):
+            model.generate(**batch, past_key_values=WindowSinksCache(model, 256, sinks=4))
+    """
+
+    def __init__(self, model: nn.Module, window: int, sinks: int = 4) -> None:
+        WindowCache(window, sinks)  # its errors, now
+        super().__init__(model, _frames(model, lambda: WindowCache(window, sinks), window))
+
+
+class HeavyHitterCache(PolicyCache):
+    """The ``heavy`` tokens of most attention so far and the ``recent`` last ones (H2O; arXiv 2306.14048).
+
+    The prompt is read in full, then cut down once, as the authors' code does.
+
+    Args:
+        model: an adapted decoder.
+        heavy, recent: tokens that each key head keeps of each kind, besides the newest.
+
+    Raises:
+        ValueError: negative numbers, or as in `PolicyCache`.
+
+    Example::
+
+        with adapt(model):
+            model.generate(**batch, past_key_values=HeavyHitterCache(model, heavy=128, recent=128))
+    """
+
+    def __init__(self, model: nn.Module, heavy: int, recent: int) -> None:
+        HeavyHitters(heavy, recent)  # its errors, now
+        frames = _frames(model, lambda: HeavyHitters(heavy, recent, prompt="whole"))
+        super().__init__(model, frames)
+
+
+class LessIsMoreCache(PolicyCache):
+    """Everything is kept; layers after ``start`` read ``budget`` tokens that it has chosen for all heads.
+
+    LessIsMore (Yang et al., 2025, arXiv 2508.07101): memory is that of a full cache, reading is not. See
+    `glocal.nn.LessIsMore` for what is chosen.
+
+    Args:
+        model: an adapted decoder; its sliding layers are left alone and do not count.
+        budget, ratio, sinks, start, correction: as in `glocal.nn.LessIsMore`.
+
+    Raises:
+        ValueError: numbers that do not fit the model.
+
+    Example::
+
+        with adapt(model):
+            model.generate(**batch, past_key_values=LessIsMoreCache(model, budget=512, start=2))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: int,
+        *,
+        ratio: float = 0.75,
+        sinks: int = 4,
+        start: int = 2,
+        correction: int | None = None,
+    ) -> None:
+        modules = _decoder_modules(model)
+        frames: dict[str, Attention] = {
+            path: frame_for(module, Attention) for path, module in modules.items() if own_window(module) is None
+        }
+        self.chooser = LessIsMore(
+            nn.ModuleList(frames.values()), budget=budget, ratio=ratio, sinks=sinks, start=start, correction=correction
+        )
+        self.chooser.__enter__()  # the frames are this cache's own, and stay so
+        super().__init__(model, frames)
+
+
+class BlocksCache(PolicyCache):
+    """Everything is kept, with the mean key of each block; a query reads the ``top_k`` blocks that it agrees with.
+
+    MoBA (Lu et al., 2025, arXiv 2502.13189); the prompt is read so too.
+
+    Args:
+        model: an adapted decoder.
+        block_size, top_k: as in `glocal.nn.MixtureOfBlocksAttention`.
+
+    Raises:
+        ValueError: sizes below 1, or as in `PolicyCache`.
+    """
+
+    def __init__(self, model: nn.Module, block_size: int = 64, top_k: int = 3) -> None:
+        frames = _layers(model, MixtureOfBlocksAttention, block_size=block_size, top_k=top_k)
+        super().__init__(model, frames)
+
+
+class CoreContextCache(PolicyCache):
+    """Near tokens as they are, one pooled token for each group of far ones: ``1 / group_size`` of a full cache.
+
+    Core context aware attention (2024, arXiv 2412.12465); the prompt is read so too. Made for models that were tuned
+    to it (`glocal.hf.tune`).
+
+    Args:
+        model: an adapted decoder.
+        group_size, window: as in `glocal.nn.CoreContextAttention`.
+
+    Raises:
+        ValueError: sizes below 1, or as in `PolicyCache`.
+    """
+
+    def __init__(self, model: nn.Module, group_size: int = 16, window: int = 256) -> None:
+        frames = _layers(model, CoreContextAttention, group_size=group_size, window=window, pool_rotated=True)
+        super().__init__(model, frames)
+
+
+class _Learned(PolicyCache):
+    name = ""
+
+    def __init__(self, handle: Adapted) -> None:
+        if not any(str(chosen).startswith(f"{self.name}(") for chosen in handle.where.values()):
+            raise ValueError(f"{type(self).__name__} needs a model adapted with {self.name}(...); it was {handle!r}")
+        super().__init__(handle.model, dict(handle.frames))
+
+
+class TokenRolesCache(_Learned):
+    """Each key head drops a token when its learned role says so (Neural Attention Search; arXiv 2502.13251).
+
+    Args:
+        handle: of ``adapt(model, "nats(window=...)")``, with trained scorers.
+
+    Raises:
+        ValueError: an adaptation without ``nats``.
+    """
+
+    name = "nats"
+
+
+class AllOrHereCache(_Learned):
+    """Everything is kept; a learned gate lets each token and head read all of it or a window (arXiv 2512.22562).
+
+    Args:
+        handle: of ``adapt(model, "aha(window=...)")``, with trained gates.
+
+    Raises:
+        ValueError: an adaptation without ``aha``.
+    """
+
+    name = "aha"
+
+
+def _decoder_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The self-attention modules by path, in the order of a cache's layers."""
+    config: Any = getattr(model, "config", None)
+    modules = {path: m for path, m in attention_modules(model).items() if not crosses(path)}
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError("a cache policy is for decoders; of an encoder-decoder, adapt the attention by patterns")
+    numbers = [getattr(module, "layer_idx", None) for module in modules.values()]
+    if not modules or numbers != list(range(len(modules))) or not all(_is_causal(m) for m in modules.values()):
+        raise ValueError(f"{type(model).__name__} is no decoder whose layers a cache could number")
+    return modules
+
+
+def _is_causal(module: nn.Module) -> bool:
+    return bool(getattr(module, "is_causal", False))
+
+
+def _frames(model: nn.Module, policy: Callable[[], Cache], most: int | None = None) -> dict[str, Attention]:
+    """A policy for each layer; one with a window of its own keeps that, or the smaller of the two."""
+    frames: dict[str, Attention] = {}
+    for path, module in _decoder_modules(model).items():
+        own = own_window(module)
+        mine = policy if own is None else _keep_window(own if most is None else min(own, most))
+        frames[path] = frame_for(module, Decoding, policy=mine)
+    return frames
+
+
+def _layers(model: nn.Module, kind: type[Attention], **settings: Any) -> dict[str, Attention]:
+    """A mechanism for each layer that has no window of its own."""
+    modules = _decoder_modules(model)
+    return {p: frame_for(m, kind, **settings) for p, m in modules.items() if own_window(m) is None}
+
+
+def _keep_window(size: int) -> Callable[[], Cache]:
+    return lambda: WindowCache(size)
