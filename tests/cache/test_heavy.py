@@ -7,6 +7,7 @@ import torch
 
 from glocal.cache import HeavyHitters, WindowCache, replay
 from glocal.nn import Attention, HeavyHitterAttention, Rope
+from tests import oracle
 from tests.nn.layers import by_mask, project, steps
 from tests.peers import load_kvpress
 
@@ -188,3 +189,89 @@ def test_errors_name_the_argument():
         HeavyHitterAttention(32, 4, recent=-1)
     with pytest.raises(ValueError, match=r"keys \(padding\)"):
         layer(4, 6)(torch.randn(1, 8, 32, dtype=torch.float64), keys=torch.ones(1, 8, dtype=torch.bool))
+
+
+def written_out_whole(q, k, prompt, heavy, recent, scale, softcap=None):
+    """A prompt in full, as the authors' code reads it: all weights of its queries are added up, then one cut."""
+    mask = torch.zeros(q.shape[0], k.shape[1], q.shape[2], q.shape[2], dtype=torch.bool)
+    group = q.shape[1] // k.shape[1]
+    for b in range(q.shape[0]):
+        for h in range(k.shape[1]):
+            kept, sums = [], {}
+            for i in range(q.shape[2]):
+                kept.append(i)
+                sums[i] = 0.0
+                mask[b, h, i, kept] = True
+                for g in range(h * group, (h + 1) * group):
+                    scores = k[b, h, kept] @ q[b, g, i] * scale
+                    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+                    for j, weight in zip(kept, scores.softmax(0).tolist(), strict=True):
+                        sums[j] += weight
+                if i >= prompt - 1 and len(kept) > heavy + recent:
+                    old = kept[: len(kept) - recent]
+                    best = sorted(old, key=lambda j: (-sums[j], j))[:heavy]
+                    kept = sorted(best) + kept[len(kept) - recent :]
+    return mask
+
+
+def seen_after(cache, q, k, v, prompt):
+    """The prompt at once, then token by token: what each of these sees, ``(B, Hkv, N - prompt, N)``."""
+    cache.update(k[:, :, :prompt], v[:, :, :prompt], queries=q[:, :, :prompt])
+    rows = []
+    for t in range(prompt, k.shape[2]):
+        at = slice(t, t + 1)
+        cache.update(k[:, :, at], v[:, :, at], queries=q[:, :, at])
+        (part,) = cache.kept()
+        rows.append(torch.zeros(*k.shape[:3], dtype=torch.bool).scatter(-1, part.position, True))
+        assert torch.equal(part.k, k.gather(2, part.position[..., None].expand(-1, -1, -1, 8)))
+    return torch.stack(rows, 2)
+
+
+@pytest.mark.parametrize(("heavy", "recent"), [(4, 8), (6, 1), (5, 0), (0, 6), (30, 30)])
+@pytest.mark.parametrize("settings", [{}, {"scale": 0.9}, {"softcap": 1.5}])
+def test_a_prompt_in_full_equals_loops(heavy, recent, settings):
+    q, k, v = qkv(length=40)
+    prompt = 24
+    expected = written_out_whole(q, k, prompt, heavy, recent, **{"scale": 8**-0.5} | settings)
+    cache = HeavyHitters(heavy, recent, prompt="whole", **settings)
+    assert torch.equal(seen_after(cache, q, k, v, prompt), expected[:, :, prompt:])
+    if heavy and heavy + recent < 40:
+        steps = seen_after(HeavyHitters(heavy, recent, **settings), q, k, v, prompt)
+        assert not torch.equal(steps, expected[:, :, prompt:])  # read token by token, the prompt leaves others
+
+
+def test_long_prompts_are_read_in_parts(monkeypatch):
+    q, k, v = qkv(length=40)
+    whole, parts = (HeavyHitters(4, 4, prompt="whole") for _ in range(2))
+    whole.update(k, v, queries=q)
+    monkeypatch.setattr("glocal.cache.heavy._PAIRS", 7 * 40 * 8)
+    parts.update(k, v, queries=q)
+    for a, b in zip(whole.tensors(), parts.tensors(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert whole.kept()[0].k.shape[2] == 8
+
+
+def test_a_prompt_of_one_token_or_a_second_one_goes_by_steps():
+    q, k, v = qkv(length=20)
+    one, steps = HeavyHitters(3, 2, prompt="whole"), HeavyHitters(3, 2)
+    for n in (slice(0, 1), slice(1, 20)):
+        for cache in (one, steps):
+            cache.update(k[:, :, n], v[:, :, n], queries=q[:, :, n])
+    for a, b in zip(one.tensors(), steps.tensors(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_another_way_with_prompts_is_refused():
+    with pytest.raises(ValueError, match="prompt must be 'steps' or 'whole'; it was 'half'"):
+        HeavyHitters(1, 1, prompt="half")
+
+
+def test_layer_with_a_softcap_decodes_as_its_parallel_form():
+    made, x = layer(4, 6, softcap=0.8), torch.randn(1, 30, 32, dtype=torch.float64)
+    q, k, _ = project(made, x)
+    mask = written_out_whole(q, k, 1, 4, 6, made.scale, 0.8).repeat_interleave(2, 1)
+    full = torch.ones(30, 30, dtype=torch.bool).tril()
+    out, _ = oracle.attend(q, k, made.project(x, x, *[torch.arange(30)] * 2)[2], mask, scale=made.scale, softcap=0.8)
+    assert not torch.equal(mask, full.expand_as(mask))
+    with torch.no_grad():
+        torch.testing.assert_close(steps(made, x)[0], made.o_proj(out.transpose(1, 2).flatten(2)))

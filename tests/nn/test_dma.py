@@ -61,6 +61,37 @@ def test_equals_brute_force(rule, top_k, length):
     torch.testing.assert_close(layer(x), by_mask(layer, x, mask, bias=as_bias(layer, b)))
 
 
+def by_blocks(mask, size, causal):
+    """The mask ``(B, H, N, N)`` after smoothing, block by block."""
+    out, length = torch.zeros_like(mask), mask.shape[-1]
+    for start in range(0, length, size):
+        block = slice(start, min(start + size, length))
+        out[..., block] = (mask[..., block].sum(-1, keepdim=True) > size / 2).expand(-1, -1, -1, block.stop - start)
+    return out.tril() if causal else out
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("top_k", "size", "length"), [(40, 4, 90), (40, 5, 90), (7, 1, 30), (200, 8, 90), (1, 4, 20)])
+def test_smoothing_equals_blocks_of_the_brute_force(causal, top_k, size, length):
+    layer, x = make(top_k, causal=causal, smooth=size), tokens(length)
+    b = by_hand(layer, x)
+    plain = brute_force(layer, b, length)
+    mask = by_blocks(plain, size, causal)
+    assert torch.equal(mask, plain) == (size == 1)
+    torch.testing.assert_close(layer(x), by_mask(layer, x, mask, bias=as_bias(layer, b)))
+    if causal:
+        with torch.no_grad():
+            torch.testing.assert_close(steps(layer, x, length // 3)[0], layer(x))
+
+
+def test_smoothing_with_padding():
+    layer, x = make(20, smooth=4), tokens(50)
+    keys = torch.rand(2, 50, generator=torch.Generator().manual_seed(2)) > 0.2
+    b = by_hand(layer, x)
+    mask = by_blocks(brute_force(layer, b, 50, keys), 4, True) & keys[:, None, None]
+    torch.testing.assert_close(layer(x, keys=keys), by_mask(layer, x, mask, bias=as_bias(layer, b)))
+
+
 def test_gradients_are_those_of_the_kept_keys():
     layer, x = make(7), tokens(30)
     mask = brute_force(layer, by_hand(layer, x), 30)
@@ -264,7 +295,7 @@ def test_equals_the_doge_model():
         assert not torch.allclose(model(ids).last_hidden_state, theirs, atol=1e-3)
 
 
-@pytest.mark.parametrize(("name", "value"), [("top_k", 0), ("top_k", 1.5), ("rule", "relu")])
+@pytest.mark.parametrize(("name", "value"), [("top_k", 0), ("top_k", 1.5), ("rule", "relu"), ("smooth", 0)])
 def test_refuses_bad_settings(name, value):
     with pytest.raises(ValueError, match=f"{name} must be"):
         DynamicMaskAttention(32, 4, **{name: value})

@@ -9,7 +9,7 @@ import torch
 
 from glocal.nn import NeuralAttentionSearch, Rope
 from glocal.nn.nats import _RoleGradient
-from tests.cache.test_roles import visible
+from tests.cache.test_roles import visible, visible_by_chunks
 from tests.nn.layers import by_mask, gradients_agree, project, steps
 
 
@@ -252,6 +252,91 @@ def test_ties_go_to_global_then_local():
     assert bool((layer.last.argmax(-1) == 0).all())
 
 
+def by_chunks(layer, x):
+    """The mask by loops, roles from the scorer on the mean of each chunk's inputs, ``(B, H, N, N)``."""
+    size, length = layer.chunk, x.shape[1]
+    means = torch.stack([x[:, t : t + size].mean(1) for t in range(0, length, size)], 1)
+    roles = (means @ layer.scorer.weight.T).unflatten(-1, (2, 3)).argmax(-1)
+    roles[:, 0] = 0
+    masks = [
+        [visible_by_chunks(roles[b, :, h].tolist(), layer.window, size, length) for h in (0, 0, 1, 1)] for b in (0, 1)
+    ]
+    return torch.stack([torch.stack(rows) for rows in masks])
+
+
+@pytest.mark.parametrize(("window", "chunk"), [(0, 4), (8, 4), (5, 5)])
+def test_chunks_equal_loops(window, chunk):
+    layer, x = make(window, chunk=chunk), sample(50)
+    mask = by_chunks(layer, x)
+    torch.testing.assert_close(layer(x), by_mask(layer, x, mask))
+    assert layer.last.shape[2] == -(-50 // chunk) and len(mask[:, ::2].flatten(0, 1).unique(dim=0)) == 4
+    pattern = layer.visible(layer.last.argmax(-1), 50)
+    assert torch.equal(pattern.mask(50), mask) and torch.equal(pattern.boxes(50).mask(), mask)
+    gradients_agree(layer, x, mask)
+
+
+@pytest.mark.parametrize("prompt", [0, 9, 16])
+def test_chunks_decode_as_in_parallel_and_no_token_learns_of_a_later_one(prompt):
+    """A chunk's role depends on its last token, and its earlier queries must not notice."""
+    layer, x = make(8, chunk=4), sample(50)
+    mask = by_chunks(layer, x)
+    with torch.no_grad():
+        out, cache = steps(layer, x, prompt)
+        torch.testing.assert_close(out, by_mask(layer, x, mask))
+        for t in (7, 23, 30):
+            other = x.clone()
+            other[:, t] = 30 * torch.randn(2, 32, dtype=torch.float64)
+            torch.testing.assert_close(layer(other)[:, :t], layer(x)[:, :t])
+    kept = sum(int((part.position >= 0).sum()) for part in cache.kept())
+    assert kept == int(mask[:, ::2, -1].sum()) < 2 * 2 * 50
+
+
+def test_one_chunk_of_all_is_causal_attention():
+    layer, x = make(0, chunk=64), sample(48)
+    torch.testing.assert_close(layer(x), by_mask(layer, x, torch.ones(48, 48, dtype=torch.bool).tril()))
+
+
+@pytest.mark.parametrize("budget", [1 << 21, 1])
+def test_role_gradient_of_chunks_is_the_finite_difference_of_the_surrogate(budget, monkeypatch):
+    monkeypatch.setattr("glocal.nn.nats._BUDGET", budget)
+    q, k, v, _, towards = parts()
+    roles = torch.tensor([[[0, 1, 0, 1, 2], [0, 2, 1, 1, 0]]])
+    chosen = torch.nn.functional.one_hot(roles, 3).double()
+
+    def over_tokens(chosen):
+        mask = surrogate(chosen, 1).repeat_interleave(3, 2).repeat_interleave(3, 3)
+        return weighted(q, k, v, mask[..., :14, :14].tril())
+
+    own = chosen.clone().requires_grad_()
+    (_RoleGradient.apply(over_tokens(chosen), own, q, k, v, None, 1.0, 3, 3, False) * towards).sum().backward()
+    numeric, step = torch.zeros_like(chosen), 1e-6
+    for place in range(chosen.numel()):
+        change = torch.zeros_like(chosen)
+        change.view(-1)[place] = step
+        up, down = ((over_tokens(chosen + s * change) * towards).sum() for s in (1, -1))
+        numeric.view(-1)[place] = (up - down) / (2 * step)
+    torch.testing.assert_close(own.grad, numeric, atol=1e-7, rtol=1e-6)
+
+
+def test_chunks_with_padding_learn_and_have_means_of_what_is_real():
+    layer, x = make(8, chunk=4).train(), sample(30)
+    keys = torch.ones(2, 30, dtype=torch.bool)
+    keys[:, :6] = False
+    keys[:, 13:15] = False
+    keys[0, 26:] = False
+    torch.manual_seed(5)
+    out = layer(x, keys=keys)
+    (out.square().sum() + layer.lifetime()).backward()
+    assert bool(layer.scorer.weight.grad.isfinite().all()) and float(layer.scorer.weight.grad.abs().sum()) > 0
+    other = torch.where(keys[..., None], x, 99 * torch.randn_like(x))
+    torch.manual_seed(5)
+    torch.testing.assert_close(layer(other, keys=keys)[keys], out[keys])  # the same drawing
+    layer.eval()
+    torch.testing.assert_close(layer(other, keys=keys)[keys], layer(x, keys=keys)[keys])
+    chosen = layer.last.argmax(-1)
+    assert bool((chosen[:, :, 0] == 2).all()) and bool((chosen[:, :, 1] == 0).all())
+
+
 def test_copies_and_errors():
     layer = make().train()
     layer(sample(8))
@@ -260,6 +345,8 @@ def test_copies_and_errors():
         make().lifetime()
     with pytest.raises(ValueError, match="window must not be negative; it was -1"):
         make(window=-1)
+    with pytest.raises(ValueError, match="chunk must be at least 1 and divide window 5; it was 2"):
+        make(chunk=2)
     with pytest.raises(ValueError, match="tau must be positive; it was 0"):
         make(tau=0)
     with pytest.raises(ValueError, match="no noncausal-self form"):

@@ -113,9 +113,7 @@ def test_equals_flash_linear_attention():
         call = module.Call(x, x, None, None, False)
         keys, values, _ = layer.compress(k, v, call)
         hi = layer.complete_blocks(256, 256, 16, x.device)
-        mixed, lse = layer.attend(
-            q, keys, values, Between(torch.zeros_like(hi), hi), call, return_lse=True
-        )
+        mixed, lse = layer.attend(q, keys, values, Between(torch.zeros_like(hi), hi), call, return_lse=True)
         chosen = layer.choose(q, k, keys, lse, call, hi, None)
         compressed = naive.naive_nsa_compression(theirs[0], *(t.transpose(1, 2) for t in (keys, values)), 16, 0.25)
     assert torch.equal(chosen.sort(-1).values, blocks.transpose(1, 2).sort(-1).values)

@@ -78,6 +78,9 @@ def _select(value: Any, rows: Tensor) -> Any:
         if value.dim() < 2 or (value.shape[0] == 1 and bool((rows > 0).any())):
             return value
         return value.index_select(0, rows.to(value.device))
+    if isinstance(value, Cache):  # a policy inside a policy
+        value.select(rows)
+        return value
     if isinstance(value, dict):
         return {key: _select(item, rows) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -100,14 +103,37 @@ class FullCache(Cache):
 
     def __init__(self) -> None:
         super().__init__()
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
+        self._k: Tensor | None = None
+        self._v: Tensor | None = None
+
+    @property
+    def k(self) -> Tensor | None:
+        """All keys, ``(B, Hkv, seen, D)``."""
+        return None if self._k is None else self._k[:, :, : self.seen]
+
+    @property
+    def v(self) -> Tensor | None:
+        """All values, ``(B, Hkv, seen, Dv)``."""
+        return None if self._v is None else self._v[:, :, : self.seen]
 
     def update(self, k: Tensor, v: Tensor, **signals: Tensor) -> None:
         self._check(k, v)
-        self.k = k if self.k is None else torch.cat([self.k, k], 2)
-        self.v = v if self.v is None else torch.cat([self.v, v], 2)
+        self._k, self._v = self._longer(self._k, k), self._longer(self._v, v)
         self.seen += k.shape[2]
+
+    def _longer(self, held: Tensor | None, new: Tensor) -> Tensor:
+        """The buffer with the new tokens in it; it grows by half, so that a step does not copy what is held."""
+        count = self.seen + new.shape[2]
+        if held is None:
+            return new
+        if torch.is_grad_enabled() or held.is_inference() != new.is_inference():
+            return torch.cat([held[:, :, : self.seen], new], 2)  # what a graph has saved must not be written into
+        if count > held.shape[2]:
+            larger = held.new_empty(*held.shape[:2], count + count // 2, held.shape[3])
+            larger[:, :, : self.seen] = held[:, :, : self.seen]
+            held = larger
+        held[:, :, self.seen : count] = new
+        return held
 
     def kept(self) -> tuple[Kept, ...]:
         if self.k is None or self.v is None:

@@ -26,6 +26,7 @@ class HeavyHitters(Cache):
     Args:
         heavy, recent: tokens kept of each kind.
         scale: of the scores, as in the layer; ``D ** -0.5`` where None.
+        softcap: of the scores, as in the layer.
         prompt: how several tokens at the start are taken: ``"steps"``, token by token, as decoding would; ``"whole"``,
             as in the paper's code, which reads a prompt in full (every query gives its attention to all tokens before
             it) and drops tokens once, after it.
@@ -42,14 +43,22 @@ class HeavyHitters(Cache):
     [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 1, 0, 1, 1]]
     """
 
-    def __init__(self, heavy: int, recent: int, *, scale: float | None = None, prompt: str = "steps") -> None:
+    def __init__(
+        self,
+        heavy: int,
+        recent: int,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        prompt: str = "steps",
+    ) -> None:
         super().__init__()
         if prompt not in ("steps", "whole"):
             raise ValueError(f"prompt must be 'steps' or 'whole'; it was {prompt!r}")
         for name, value in (("heavy", heavy), ("recent", recent)):
             if value < 0:
                 raise ValueError(f"{name} must not be negative; it was {value}")
-        self.heavy, self.recent, self.scale, self.prompt = heavy, recent, scale, prompt
+        self.heavy, self.recent, self.scale, self.softcap, self.prompt = heavy, recent, scale, softcap, prompt
         self.k: Tensor | None = None
         self.v: Tensor | None = None
         self.sums: Tensor | None = None  # (B, Hkv, T)
@@ -102,6 +111,8 @@ class HeavyHitters(Cache):
         wide = torch.promote_types(k.dtype, torch.float32)
         grouped = q.unflatten(1, (k.shape[1], -1)).to(wide)
         scores = grouped @ k.to(wide).mT[:, :, None] * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
         if seen is not None:
             scores = scores.masked_fill(~seen, -torch.inf)
         weights = torch.exp(scores - scores.logsumexp(-1, keepdim=True)).sum(-2)

@@ -87,7 +87,7 @@ class TokenRoles(Cache):
             self._heads[head : head + 1] = [self._drop(*entries)]
 
     def _decide(self, scores: Tensor) -> Tensor:
-        """Roles of new tokens, ``(B, Hkv, n)``, as far as their chunks are complete; of older ones where they now are."""
+        """Roles of new tokens, ``(B, Hkv, n)``, as far as their chunks are complete; older ones get theirs as well."""
         new, start = scores.shape[2], self.seen // self.chunk
         scores = scores if self._scores is None else torch.cat([self._scores, scores], 2)
         done = scores.shape[2] // self.chunk * self.chunk

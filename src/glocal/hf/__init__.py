@@ -5,5 +5,19 @@ from glocal.hf.adapt import Adapted, adapt, readapt
 from glocal.hf.attention import attention
 from glocal.hf.mass import KeptMass, recorded
 from glocal.hf.mechanism import MECHANISMS, Mechanism
+from glocal.hf.pretrained import byte_llama, byte_llama_folder, load_causal
 
-__all__ = ["MECHANISMS", "Adapted", "KeptMass", "Mechanism", "adapt", "attention", "cache", "readapt", "recorded"]
+__all__ = [
+    "MECHANISMS",
+    "Adapted",
+    "KeptMass",
+    "Mechanism",
+    "adapt",
+    "attention",
+    "byte_llama",
+    "byte_llama_folder",
+    "cache",
+    "load_causal",
+    "readapt",
+    "recorded",
+]

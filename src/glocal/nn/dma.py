@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad, softplus
 
-from glocal.cache import BestTokens, Cache
+from glocal.cache import BestTokens, Cache, FullCache
 from glocal.condense import best, take
 from glocal.nn.frame import Attention, Call
 from glocal.patterns import Causal, Full, Keys, Pattern, Selected
@@ -30,16 +30,21 @@ class DynamicMaskAttention(Attention):
 
     A score never changes, so decoding drops for good what falls out of the ``top_k``: `glocal.cache.BestTokens`.
 
+    With ``smooth``, keys are cut into blocks of so many and a query reads those blocks whole of which it has chosen
+    more than half, and nothing else: whole tiles for a kernel, but fewer or more keys than ``top_k``, perhaps none. A
+    block that is read holds keys that were not chosen, so decoding then keeps everything.
+
     Args:
         dim, num_heads: as in `Attention`, with all its options.
         top_k: keys of a query, ``keep_window_size`` in transformers.
         rule: ``"exp"``, or ``"log"`` for ``b = A softplus(dt)``, as in the authors' later code.
         shared_topk: one set for all queries, chosen from all keys. Without causality and for one query at a time that
             is the same; a causal sequence in parallel is refused, as its choice would look at later keys.
+        smooth: keys of a block that is read whole or not at all; no blocks where None.
 
     Raises:
-        ValueError: ``top_k`` below 1, another rule, ``shared_topk`` with several causal queries, or what `Attention`
-            refuses.
+        ValueError: ``top_k`` or ``smooth`` below 1, another rule, ``shared_topk`` with several causal queries, or what
+            `Attention` refuses.
 
     >>> import torch
     >>> from glocal.nn import DynamicMaskAttention
@@ -60,6 +65,7 @@ class DynamicMaskAttention(Attention):
         top_k: int = 2048,
         rule: str = "exp",
         shared_topk: bool = False,
+        smooth: int | None = None,
         qk_norm: str | None = "rms",
         qkv_bias: bool = False,
         **options: Any,
@@ -69,7 +75,9 @@ class DynamicMaskAttention(Attention):
             raise ValueError(f"top_k must be an integer of at least 1; it was {top_k!r}")
         if rule not in ("exp", "log"):
             raise ValueError(f"rule must be 'exp' or 'log'; it was {rule!r}")
-        self.top_k, self.rule, self.shared_topk = top_k, rule, shared_topk
+        if smooth is not None and smooth < 1:
+            raise ValueError(f"smooth must be at least 1, or None; it was {smooth}")
+        self.top_k, self.rule, self.shared_topk, self.smooth = top_k, rule, shared_topk, smooth
         self.A = nn.Parameter(0.02 * torch.randn(self.num_kv_heads))
         self.dt_proj = nn.Linear(self.num_kv_heads * self.head_dim, self.num_kv_heads, bias=qkv_bias)
 
@@ -91,9 +99,14 @@ class DynamicMaskAttention(Attention):
                     "and the set of the last would show the others later keys"
                 )
             where: Pattern = Causal()
-            if k.shape[2] > self.top_k:
+            if k.shape[2] > self.top_k or self.smooth is not None:
                 chosen = self.choose(scores, queries, call.real).repeat_interleave(self._group, 1)
-                where = Selected(chosen, 1, query_size=1)
+                where = Selected(chosen, self.smooth or 1, query_size=1)
+                where = where if self.smooth is None else where & Causal()  # of the own block, what is not later
+        elif self.smooth is not None:  # one list of blocks for all queries
+            index = best(scores, self.top_k, allowed=None if call.real is None else call.real[:, None], ties="last")
+            blocks = self.smoothed(index.unsqueeze(2), k.shape[2]).repeat_interleave(self._group, 1)
+            where = Selected(blocks, self.smooth, query_size=queries)
         else:
             where = Full()
             if k.shape[2] > self.top_k:  # one set for all queries: gather it
@@ -108,7 +121,7 @@ class DynamicMaskAttention(Attention):
 
     @torch.no_grad()
     def choose(self, scores: Tensor, queries: int, real: Tensor | None = None) -> Tensor:
-        """The keys of each causal query, ``(B, Hkv, Nq, top_k)``, -1 for none.
+        """The keys of each causal query, ``(B, Hkv, Nq, top_k)``, or its blocks with ``smooth``; -1 for none.
 
         The best of all keys so far are among the best before the chunk and the chunk itself.
         """
@@ -124,12 +137,22 @@ class DynamicMaskAttention(Attention):
             visible = allowed[:, :, None] & (candidates[:, :, None] <= new[:, None])
             place = best(take(scores, candidates)[:, :, None], self.top_k, allowed=visible, ties="last")
             index = candidates[:, :, None].expand(-1, -1, len(new), -1).gather(-1, place.clamp(min=0))
-            chosen.append(torch.where(place < 0, -1, index))
-            past = chosen[-1][:, :, -1]
+            kept = torch.where(place < 0, -1, index)
+            chosen.append(kept if self.smooth is None else self.smoothed(kept, keys))
+            past = kept[:, :, -1]
         return torch.cat(chosen, 2)
 
+    def smoothed(self, chosen: Tensor, keys: int) -> Tensor:
+        """The blocks of which ``chosen (B, Hkv, n, K)`` has more than half: ``(B, Hkv, n, m)``, -1 for none."""
+        assert self.smooth is not None
+        blocks = -(-keys // self.smooth)
+        block = torch.where(chosen < 0, blocks, chosen // self.smooth)  # none of them falls beyond the last
+        count = torch.zeros(*chosen.shape[:3], blocks + 1, device=chosen.device)
+        count = count.scatter_add(-1, block, torch.ones_like(block, dtype=count.dtype))[..., :blocks]
+        return best(count, max(1, 2 * self.top_k // self.smooth), allowed=2 * count > self.smooth)
+
     def new_cache(self) -> Cache:
-        return BestTokens(self.top_k)
+        return BestTokens(self.top_k) if self.smooth is None else FullCache()
 
     def signals(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> dict[str, Tensor]:
         return {"score": self.value_scores(v)}
@@ -150,4 +173,5 @@ class DynamicMaskAttention(Attention):
         return self.num_heads // self.num_kv_heads
 
     def extra_repr(self) -> str:
-        return f"top_k={self.top_k}, rule={self.rule!r}" + (", shared_topk=True" if self.shared_topk else "")
+        smooth = "" if self.smooth is None else f", smooth={self.smooth}"
+        return f"top_k={self.top_k}, rule={self.rule!r}{smooth}" + (", shared_topk=True" if self.shared_topk else "")

@@ -71,7 +71,7 @@ class HeavyHitterAttention(Attention):
         return torch.cat([self.decode(q[:, :, t], k[:, :, t], v[:, :, t], replayed) for t in steps], 2)
 
     def new_cache(self) -> Cache:
-        return HeavyHitters(self.heavy, self.recent, scale=self.scale)
+        return HeavyHitters(self.heavy, self.recent, scale=self.scale, softcap=self.softcap)
 
     def signals(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> dict[str, Tensor]:
         return {"queries": q}

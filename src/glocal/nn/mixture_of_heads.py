@@ -169,7 +169,8 @@ class MixtureOfHeadsAttention(Attention):
         # Norms before rotary positions are meant; queries come rotated, which does not change their norm.
         norms = _wide(q[:, self.shared_heads :]).norm(dim=-1).movedim(1, -1)
         spread = norms.std(-1, keepdim=True, correction=min(1, norms.shape[-1] - 1))
-        return norms / torch.where(spread > 0, spread, 1)
+        out: Tensor = norms / torch.where(spread > 0, spread, 1)
+        return out
 
     def head_balance(self) -> Tensor:
         """How unevenly the last forward's real tokens took heads: ``top_k`` where evenly, more where not."""

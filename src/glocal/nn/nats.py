@@ -47,8 +47,8 @@ class NeuralAttentionSearch(Attention):
         causal: only True.
 
     Raises:
-        ValueError: a negative window, a ``chunk`` that does not divide it, a temperature that is not positive, a use but causal self-attention, or what
-            `Attention` refuses.
+        ValueError: a negative window, a ``chunk`` that does not divide it, a temperature that is not positive, a use
+            but causal self-attention, or what `Attention` refuses.
 
     >>> import torch
     >>> from glocal.nn import NeuralAttentionSearch
@@ -92,9 +92,9 @@ class NeuralAttentionSearch(Attention):
         return self.heads(self.scorer(call.x.detach() if self.detach_scorer else call.x), self.num_kv_heads)
 
     def choose(self, call: Call) -> Float[Tensor, "B Hkv chunks 3"]:
-        """The role of each new token, or chunk, one-hot: global, local, windowed; in training with the scorer's gradient.
+        """The role of each new token or chunk, one-hot: global, local, windowed; in training with its gradient.
 
-        The mean of the inputs is scored by the mean of the scores, as the scorer is linear.
+        The score of the mean of a chunk's inputs is the mean of their scores, as the scorer is linear.
         """
         scores = self.scores(call)
         real = None if call.real is None else call.real[:, None]

@@ -1,0 +1,146 @@
+"""The training recipe: it learns, a stopped run ends like one that was not, and damage is told, not half loaded."""
+
+import json
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from typer import Typer
+from typer.testing import CliRunner
+
+from glocal.bench.corpus import python_source, to_ids
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_bytes.py"
+SMALL = ("--length", "128", "--tokens", "256", "--width", "64", "--layers", "1", "--save-every", "2")
+
+
+@pytest.fixture(scope="module")
+def script():
+    return runpy.run_path(str(SCRIPT))
+
+
+@pytest.fixture
+def call(script):
+    app = Typer()
+    app.command()(script["train"])
+    return lambda *options: CliRunner().invoke(app, [str(option) for option in options])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_resumed_run_ends_with_the_same_weights(call, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert call("--out", whole, "--steps", 6, *SMALL).exit_code == 0
+    stopped = call("--out", parts, "--steps", 6, "--stop-after", 3, *SMALL)
+    assert stopped.exit_code == 0 and not (parts / "model.safetensors").exists()
+    assert call("--out", parts, "--steps", 6, *SMALL).exit_code == 0
+    one, other = (load_file(folder / "model.safetensors") for folder in (whole, parts))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    curve = json.loads((parts / "training.json").read_text())["curve"]
+    assert [point["step"] for point in curve] == [2, 4, 6]
+    assert curve[-1]["held_out"] < curve[0]["held_out"] < 8.5
+
+
+def test_what_it_writes_is_a_model_of_transformers(call, tmp_path):
+    result = call("--out", tmp_path, "--steps", 2, *SMALL)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(tmp_path)
+    assert isinstance(model, LlamaForCausalLM)
+    assert tokens("naïve", add_special_tokens=False).input_ids == to_ids("naïve").tolist()
+    # The figure that it prints, by hand: mean over pieces of the next-byte loss.
+    held, losses = python_source(held_out=True), []
+    for at in torch.linspace(0, len(held) - 128, 64).long().tolist():
+        ids = to_ids(held[at : at + 128])[None]
+        with torch.no_grad():
+            log = model(ids).logits[0, :-1].log_softmax(-1)
+        losses.append(-log.gather(1, ids[0, 1:, None]).mean())
+    bits = float(torch.stack(losses).mean()) / torch.log(torch.tensor(2.0)).item()
+    assert float(re.search(r"tokens: ([\d.]+)", result.output)[1]) == pytest.approx(bits, abs=2e-4)
+
+
+def test_interrupted_and_taken_up_again(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--steps", "100000", *SMALL]
+    run = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores Ctrl-C, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    start = time.monotonic()
+    while not (tmp_path / "checkpoint.safetensors").exists():
+        assert run.poll() is None and time.monotonic() - start < 120
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130 and "goes on from there" in said
+    step = int(re.search(r"Stopped after step (\d+)", said)[1])
+    again = subprocess.run([*command, "--stop-after", str(step + 1)], capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and f"Going on after step {step}" in again.stderr
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "foreign"])
+def test_a_damaged_checkpoint_is_told_and_left(call, script, tmp_path, damage):
+    call("--out", tmp_path, "--steps", 6, "--stop-after", 1, *SMALL)
+    path = tmp_path / "checkpoint.safetensors"
+    if damage == "foreign":
+        from safetensors.torch import save_file
+
+        save_file({"a": torch.zeros(2)}, path)
+    else:
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2] if damage == "truncated" else b"nonsense" * 100)
+    before = path.read_bytes()
+    run = script["Run"](script["_config"](128, 64, 1), lr=1e-3, seed=0)
+    weights = {name: p.clone() for name, p in run.model.named_parameters()}
+    with pytest.raises(ValueError, match="damaged"):
+        run.load(path)
+    assert run.step == 0 and all(torch.equal(p, weights[name]) for name, p in run.model.named_parameters())
+    result = call("--out", tmp_path, "--steps", 6, *SMALL)
+    assert result.exit_code == 2 and "damaged" in result.output and path.read_bytes() == before
+
+
+def test_another_run_s_checkpoint_is_refused(call, tmp_path):
+    call("--out", tmp_path, "--steps", 6, "--stop-after", 1, *SMALL)
+    for options, word in ((("--layers", 2), "num_hidden_layers"), (("--seed", 1), "seed")):
+        small = [*SMALL]
+        if options[0] in small:
+            small[small.index(options[0]) + 1] = str(options[1])
+            options = ()
+        result = call("--out", tmp_path, "--steps", 6, *small, *options)
+        assert result.exit_code == 2 and word in result.output
+
+
+@pytest.mark.parametrize(
+    "option,value,word",
+    [("--steps", 0, "--steps"), ("--length", 127, "--length"), ("--tokens", 100, "--tokens"), ("--width", 65, "--width"),
+     ("--layers", 0, "--layers")],
+)  # fmt: skip
+def test_bad_settings_are_refused_before_work(call, tmp_path, option, value, word):
+    result = call("--out", tmp_path / "new", option, value)
+    assert result.exit_code == 2 and word in result.output and not (tmp_path / "new").exists()
+
+
+def test_pieces_depend_on_seed_and_step_only(script):
+    batch = script["batch"]
+    assert torch.equal(batch(0, 7, 256, 4), batch(0, 7, 256, 4))
+    assert not torch.equal(batch(0, 7, 256, 4), batch(0, 8, 256, 4))
+    text = bytes(python_source().tolist())
+    plain = 0
+    for step in range(10):
+        plain += sum(bytes((row - 3).tolist()) in text for row in batch(1, step, 64, 4))
+    assert 20 <= plain < 40  # a fifth of the 40 pieces carry a repeated span
