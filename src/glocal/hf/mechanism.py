@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from glocal import nn as layers
+from glocal.hf.grid import GridAttention
 from glocal.nn import Attention
 
 __all__ = ["MECHANISMS", "Mechanism", "frame_for", "own_window"]
@@ -24,8 +25,11 @@ MECHANISMS: Mapping[str, tuple[type[Attention], dict[str, Any]]] = MappingProxyT
         "cca": (layers.CoreContextAttention, {"pool_rotated": True}),
         "sf_attn": (layers.ShiftedSparseAttention, {}),
         "mswa": (layers.MultiScaleWindowAttention, {}),
+        "block_sparse": (layers.BlockSparseAttention, {}),
+        "grid": (GridAttention, {}),
         "aha": (layers.AllOrHereAttention, {}),
         "nats": (layers.NeuralAttentionSearch, {"detach_scorer": True}),
+        "moh": (layers.MixtureOfHeadsAttention, {}),
     }
 )
 """Name, layer, and the settings that a pretrained model fixes."""
@@ -35,8 +39,8 @@ MECHANISMS: Mapping[str, tuple[type[Attention], dict[str, Any]]] = MappingProxyT
 class Mechanism:
     """A mechanism by name, with the settings of its layer in `glocal.nn`.
 
-    ``moba``, ``h2o``, ``cca``, ``sf_attn`` and ``mswa`` need no training; ``aha``, ``nats`` and ``moh`` have small
-    routers that do (`glocal.hf.tune`).
+    ``moba``, ``h2o``, ``cca``, ``sf_attn`` and ``mswa`` need no training, nor do ``block_sparse`` and ``grid``, which are
+    for encoders of images; ``aha``, ``nats`` and ``moh`` have small routers that do (`glocal.hf.tune`).
 
     Args:
         name: one of `MECHANISMS`.
@@ -79,9 +83,17 @@ class Mechanism:
         """
         kind, fixed = MECHANISMS[self.name]
         try:
-            return frame_for(module, kind, **{**self.settings, **fixed})
+            frame = frame_for(module, kind, **{**self.settings, **fixed})
         except TypeError as error:
             raise ValueError(f"{self}: {error}") from None
+        use = f"{'causal' if frame.causal else 'noncausal'}-self"
+        if use not in frame.uses:
+            raise ValueError(f"{self} has no {use} form, which the model needs: {frame.refuses[use]}")
+        if self.name == "moh":
+            # Gates near 1, as the model has been without them; not quite, so that no two heads tie.
+            for router in frame.parameters():
+                nn.init.normal_(router, std=0.003)
+        return frame
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.settings.items())})"
@@ -109,7 +121,7 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
 
 def frame_for(module: nn.Module, kind: type[Attention], **settings: Any) -> Attention:
     """A layer of `glocal.nn` with the sizes of an attention module of transformers, without projections."""
-    config = module.config
+    config: Any = module.config
     heads = int(config.num_attention_heads)
     head_dim = getattr(module, "head_dim", None) or getattr(module, "head_size", None) or config.hidden_size // heads
     parameter = next(module.parameters())
@@ -130,7 +142,7 @@ def own_window(module: nn.Module) -> int | None:
     """Keys of the sliding window that the model itself has in a layer; None where it has none."""
     config = getattr(module, "config", None)
     if hasattr(module, "sliding_window"):
-        found = module.sliding_window
+        found: Any = module.sliding_window
     else:
         found = getattr(config, "sliding_window", None)
         types, number = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
