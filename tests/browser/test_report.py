@@ -8,9 +8,12 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
+from glocal.bench import causal_table
+from glocal.bench.causal_report import render as render_causal
 from glocal.bench.report import render
 from glocal.cli.app import app
 from tests.bench.test_bench import result
+from tests.bench.test_causal import result as result_causal
 from tests.cli.test_compare import SMALL
 
 EVIL = "<script>document.title='evil'</script><img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"
@@ -95,6 +98,11 @@ def test_made_of_itself(browser, tmp_path):
         " s.querySelectorAll('circle').length, s.querySelectorAll('polyline').length])"
     )
     assert [c[1:] for c in charts] == [[4, 0], [8, 4]] and all("block(64)" in c[0] for c in charts)
+    fits(browser)
+
+
+def fits(browser):
+    """Nothing sticks out, on a wide screen or a narrow one."""
     inside = "return [...document.querySelectorAll('svg text')].every(t => { const a = t.getBoundingClientRect(),"
     inside += " b = t.ownerSVGElement.getBoundingClientRect(); return a.left >= b.left - 1 && a.right <= b.right + 1 })"
     for width in (1100, 390):
@@ -105,10 +113,26 @@ def test_made_of_itself(browser, tmp_path):
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-@pytest.mark.parametrize("field", ["model", "source"])
-def test_text_stays_text(browser, tmp_path, field):
+def test_report_of_a_language_model(browser, tmp_path):
     path = tmp_path / "report.html"
-    path.write_text(render(dataclasses.replace(result(), **{field: EVIL})), encoding="utf-8")
+    path.write_text(render_causal(result_causal()), encoding="utf-8")
+    asked, complaints = visit(browser, path)
+    assert asked == [path.as_uri()] and complaints == []
+    for name, table in zip(("bits", "needle", "copy", "cost"), causal_table.tables(result_causal()), strict=True):
+        header, *rows = cells(browser, name)
+        assert header == [h.strip() for h in table.header] and rows == [list(row) for row in table.rows]
+    rings = "return [...document.querySelectorAll('svg')].map(s => s.querySelectorAll('circle.ring').length)"
+    assert browser.execute_script(rings) == [3, 2, 1, 0]
+    images = browser.execute_script("return [...document.images].map(i => [i.alt, i.naturalWidth])")
+    assert len(images) == 3 and all(alt.startswith("Mask of ") and width > 0 for alt, width in images)
+    fits(browser)
+
+
+@pytest.mark.parametrize("field", ["model", "source"])
+@pytest.mark.parametrize("page,of", [(render, result), (render_causal, result_causal)], ids=["encoder", "causal"])
+def test_text_stays_text(browser, tmp_path, page, of, field):
+    path = tmp_path / "report.html"
+    path.write_text(page(dataclasses.replace(of(), **{field: EVIL})), encoding="utf-8")
     asked, complaints = visit(browser, path)
     assert asked == [path.as_uri()] and complaints == []
     assert browser.execute_script("return document.scripts.length") == 0

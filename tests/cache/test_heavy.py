@@ -235,7 +235,7 @@ def test_a_prompt_in_full_equals_loops(heavy, recent, settings):
     expected = written_out_whole(q, k, prompt, heavy, recent, **{"scale": 8**-0.5} | settings)
     cache = HeavyHitters(heavy, recent, prompt="whole", **settings)
     assert torch.equal(seen_after(cache, q, k, v, prompt), expected[:, :, prompt:])
-    if heavy and heavy + recent < 40:
+    if heavy and heavy + recent < 40 and "softcap" not in settings:  # which makes attention flat
         steps = seen_after(HeavyHitters(heavy, recent, **settings), q, k, v, prompt)
         assert not torch.equal(steps, expected[:, :, prompt:])  # read token by token, the prompt leaves others
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 from glocal import explain
 from glocal.bench import cost, encoder, text
 from glocal.bench.encoder import Batch, Encoder
+from glocal.bench.run import Interrupted, Step, check_lengths, short
 from glocal.hf import adapt, recorded
 from glocal.patterns import Full, Pattern, parse
 
@@ -31,8 +32,6 @@ LADDER = (
     "block(64)",
 )
 _QUICK = ("sliding(64, 64)", "sliding(64, 64) | tokens([0])", "block(64)")
-
-Step = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -113,14 +112,6 @@ class Comparison:
         return asdict(self)
 
 
-class Interrupted(KeyboardInterrupt):
-    """The user stopped the run; ``partial`` is what was measured until then."""
-
-    def __init__(self, partial: Comparison) -> None:
-        super().__init__("interrupted")
-        self.partial = partial
-
-
 def compare(settings: Settings, step: Step = lambda what, done, total: None) -> Comparison:
     """Measure it all. ``step(what, done, total)`` is called along the way.
 
@@ -173,7 +164,7 @@ def patterns_of(rungs: Sequence[str]) -> list[Pattern]:
         try:
             found[parse(rung)] = None
         except (ValueError, TypeError) as error:
-            raise ValueError(f"where {_short(rung)}: {_short(str(error), str)}") from None
+            raise ValueError(f"where {short(rung)}: {short(str(error), str)}") from None
     return list(found)
 
 
@@ -195,16 +186,10 @@ def agreement(reference: Tensor, other: Tensor, k: int) -> float:
     return float(same.sum()) / (k * len(reference))
 
 
-def _short(text: str, show: Callable[[str], str] = repr) -> str:
-    return show(text if len(text) <= 160 else text[:157] + "...")
-
-
 def _check(settings: Settings) -> None:
     if settings.passages is not None and settings.passages < 2:
         raise ValueError(f"passages must be at least 2, to have neighbors; it was {settings.passages}")
-    for length in settings.lengths:
-        if not 1 <= length <= 1 << 20:
-            raise ValueError(f"lengths must be from 1 to {1 << 20}; one was {length}")
+    check_lengths(settings.lengths)
 
 
 def _fits(where: Pattern, name: str, length: int, model: Encoder) -> None:
@@ -212,9 +197,9 @@ def _fits(where: Pattern, name: str, length: int, model: Encoder) -> None:
         grid, _ = where.check(length)
         lead = where.lead(grid, grid)
     except ValueError as error:
-        raise ValueError(f"where {_short(name)} does not fit {length} tokens: {error}") from None
+        raise ValueError(f"where {short(name)} does not fit {length} tokens: {error}") from None
     if lead[-1:] not in ((), (1,), (model.heads,)):
-        raise ValueError(f"where {_short(name)} is made for {lead[-1]} heads; the model has {model.heads}")
+        raise ValueError(f"where {short(name)} is made for {lead[-1]} heads; the model has {model.heads}")
 
 
 def _fidelity(model: Encoder, parts: list[Batch], wheres: list[Pattern], count: int, step: Step) -> Iterator[Fidelity]:

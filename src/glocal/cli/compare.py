@@ -1,4 +1,4 @@
-"""``glocal compare``: what attention patterns keep, and cost, on a pretrained encoder."""
+"""``glocal compare``: what attention patterns and cache policies keep, and cost, on a pretrained model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -16,30 +16,54 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
-from glocal.bench.compare import Comparison, Interrupted, Settings
-from glocal.bench.compare import compare as measure
-from glocal.bench.table import Table, cost_table, fidelity_table, headline
+from glocal.bench.jobs import Job, choose
+from glocal.bench.run import Interrupted
+from glocal.bench.table import Table
+
+_TEXT = ("pattern", "attention", "computed by")
 
 
 def compare(
-    model: Annotated[str | None, typer.Argument(help="Folder of a Hugging Face encoder; default: MiniLM.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder of a Hugging Face text encoder or causal language model; 'bytes' is the small language model "
+            "that glocal ships, on held-out text. Default: the encoder MiniLM."
+        ),
+    ] = None,
     input: Annotated[
-        str | None, typer.Option(help="Text file, passages parted by blank lines; default: Python's own docs.")
+        str | None,
+        typer.Option(help="Text file; for encoders, passages parted by blank lines. Default: Python's own library."),
     ] = None,
     where: Annotated[
-        list[str] | None, typer.Option(help="A pattern, e.g. 'sliding(64, 64) | tokens([0])'; repeat for more.")
+        list[str] | None,
+        typer.Option(
+            help="A pattern, e.g. 'sliding(64, 64) | tokens([0])', for language models also a mechanism, e.g. "
+            "'moba(block_size=64, top_k=4)'; repeat for more."
+        ),
+    ] = None,
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Language models: a cache policy, e.g. 'window(window=508, sinks=4)', 'h2o(heavy=256, recent=256)', "
+            "'less_is_more(budget=512)', 'moba(block_size=64, top_k=8)', 'cca(group_size=16, window=384)'; repeat."
+        ),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.")] = None,
-    passages: Annotated[int | None, typer.Option(help="How many passages at most (64).")] = None,
-    lengths: Annotated[str | None, typer.Option(help="Lengths for the cost, e.g. 512,2048,8192.")] = None,
+    passages: Annotated[int | None, typer.Option(help="Passages (64) or pieces of text (16) at most.")] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Lengths for the cost, e.g. 512,1024,2048; a language model reads text at the longest."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads; default: torch's own choice.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small run, for a first look.")] = False,
 ) -> None:
-    """Full attention against patterns, on a pretrained encoder and real text.
+    """Full attention against patterns, mechanisms and cache policies, on a pretrained model and real text.
 
-    Says how far the embeddings move, how much attention mass each pattern keeps, and what attention takes in time
-    and memory, measured.
+    Of an encoder it says how far the embeddings move and how much attention mass each pattern keeps; of a causal
+    language model how well it still predicts text, and finds what stands far back. And what each takes in time and
+    memory, measured.
     """
     errors = Console(stderr=True)
     try:
@@ -48,43 +72,60 @@ def compare(
             raise ValueError(f"--threads must be at least 1; it was {threads}")
         for option, path in (("--report", report), ("--json", json_file)):
             _writable(option, path)
-        settings = Settings(model, input, tuple(where or ()), passages, sizes, quick)
+        job = choose(model)
+        settings = job.settings(
+            input=input,
+            where=tuple(where or ()),
+            passages=passages,
+            lengths=sizes,
+            quick=quick,
+            **({"model": model} if model is not None else {}),
+            **_policies(job, cache),
+        )
         with _threads(threads), _progress(errors) as step:
-            result = measure(settings, step)
+            result = job.measure(settings, step)
     except Interrupted as stop:
-        _print(stop.partial)
+        _print(job, stop.partial)
         errors.print("Interrupted: this is what had been measured; no file was touched.")
         raise typer.Exit(130) from None
     except (ValueError, TypeError) as error:
         typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
-    _print(result)
+    _print(job, result)
     if json_file is not None:
-        tables = [{"header": t.header, "rows": t.rows} for t in (fidelity_table(result), cost_table(result))]
-        data = result.to_dict() | {"headline": headline(result), "tables": tables}
+        tables = [{"header": t.header, "rows": t.rows} for t in job.tables(result)]
+        data = result.to_dict() | {"headline": job.headline(result), "tables": tables}
         _write(json_file, json.dumps(data, indent=1) + "\n")
     if report is not None:
-        from glocal.bench.report import render
-
-        _write(report, render(result))
+        _write(report, job.render(result))
         errors.print(f"Report: {escape(str(report))}")
 
 
-def _print(result: Comparison) -> None:
+def _policies(job: Job, cache: list[str] | None) -> dict[str, tuple[str, ...]]:
+    """The caches, where the job has any."""
+    if not cache:
+        return {}
+    if not job.caches:
+        raise ValueError("--cache is for causal language models; an encoder has no cache")
+    return {"cache": tuple(cache)}
+
+
+def _print(job: Job, result: Any) -> None:
     # Into a file or a pipe, a row stays on one line.
     console = Console() if Console().is_terminal else Console(width=160)
-    for table in (fidelity_table(result), cost_table(result)):
+    for table in job.tables(result):
         if table.rows:
             _print_table(console, table)
     if result.rows:
-        console.print(escape(headline(result)), soft_wrap=True)
+        console.print(escape(job.headline(result)), soft_wrap=True)
 
 
 def _print_table(console: Console, table: Table) -> None:
     shown = RichTable(title=escape(table.title), title_justify="left")
     for name in table.header:
-        text = name in ("pattern", "computed by")
-        shown.add_column(escape(name), justify="left" if text else "right", no_wrap=name != "pattern", overflow="fold")
+        long = name in ("pattern", "attention")
+        side: Literal["left", "right"] = "left" if name in _TEXT else "right"
+        shown.add_column(escape(name), justify=side, no_wrap=not long, overflow="fold")
     for n, row in enumerate(table.rows):
         last = n + 1 == len(table.rows) or (table.header[0] == "length" and table.rows[n + 1][0] != row[0])
         shown.add_row(*map(escape, row), end_section=last)

@@ -6,6 +6,7 @@ from glocal.hf.attention import attention
 from glocal.hf.mass import KeptMass, recorded
 from glocal.hf.mechanism import MECHANISMS, Mechanism
 from glocal.hf.pretrained import byte_llama, byte_llama_folder, load_causal
+from glocal.hf.tuning import tune
 
 __all__ = [
     "MECHANISMS",
@@ -20,4 +21,5 @@ __all__ = [
     "load_causal",
     "readapt",
     "recorded",
+    "tune",
 ]

@@ -93,7 +93,6 @@ class Adapted:
         backend: str = "auto",
     ) -> None:
         self.model, self.own_window, self.backend = model, own_window, backend
-        modules = attention_modules(model)
         self.where: dict[str, Pattern | Mechanism] = {}
         self.frames: dict[str, Attention] = {}
         self._installed: Installed | None = None
@@ -101,6 +100,7 @@ class Adapted:
         self._hooks: list[Any] = []
         # Installing refuses what is no transformers model, so it comes first; a wrong pattern takes it back.
         self._installed = Installed(model, self._forward)
+        modules = attention_modules(model)
         try:
             self._stack().append(self)
             for path, chosen in _resolve(modules, where, layers).items():
@@ -146,12 +146,12 @@ class Adapted:
         frame = None if handle is None else handle.frames.get(handle._by_id[id(module)])
         if layer is None and frame is None:
             assert not isinstance(chosen, Mechanism)
-            keep = self.own_window if handle is None else handle.own_window
-            return attention(
-                module, query, key, value, mask, where=chosen, own_window=keep, backend=self.backend, **options
-            )
+            keep, backend = (True, "auto") if handle is None else (handle.own_window, handle.backend)
+            return attention(module, query, key, value, mask, where=chosen, own_window=keep, backend=backend, **options)
         states = None if handle is None else handle._inputs.pop(id(module), None)
-        return self._mix(module, query, key, value, mask, layer, frame, chosen, states, **options)
+        return (handle or self)._mix(
+            module, query, key, value, mask, layer, frame, chosen, states, adapted=handle is not None, **options
+        )
 
     def _chosen(self, module: nn.Module) -> tuple[Adapted | None, Pattern | Mechanism]:
         """The newest adaptation that has this module, up to this one."""
@@ -174,6 +174,7 @@ class Adapted:
         chosen: Pattern | Mechanism,
         states: Tensor | None,
         *,
+        adapted: bool = True,
         dropout: float = 0.0,
         scaling: float | None = None,
         is_causal: bool | None = None,
@@ -186,11 +187,17 @@ class Adapted:
         if position_bias is not None:
             raise ValueError(f"{type(module).__name__} adds a bias of positions, which mechanisms and caches have not")
         keys = key.shape[2] + (0 if layer is None else layer.seen)
-        mine = own(module, query, keys, mask, is_causal, self.own_window)
+        mine = own(module, query, keys, mask, is_causal, self.own_window or not adapted)
         if mine.bias is not None:
             raise ValueError("a mask of pairs (packed sequences) cannot be combined with a mechanism or a cache policy")
         mixer = frame if layer is None else layer.frame
         assert mixer is not None
+        causal = bool(getattr(module, "is_causal", False)) if is_causal is None else bool(is_causal)
+        if mixer.causal != causal:
+            raise ValueError(
+                f"{type(module).__name__} is {'' if causal else 'not '}causal by an argument at run time, "
+                "which mechanisms cannot follow: give it a pattern"
+            )
         mixer.scale = mixer.head_dim**-0.5 if scaling is None else scaling
         mixer.softcap, mixer.dropout, mixer.backend = softcap, dropout, self.backend
         mixer.train(module.training)
@@ -295,12 +302,15 @@ def readapt(model: nn.Module, folder: str | Path) -> Adapted:
         layers, own_window, backend = dict(data["layers"]), bool(data["own_window"]), str(data["backend"])
     except OSError as error:
         raise ValueError(f"{str(folder / _FILE)!r} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{str(folder / _FILE)!r} is no adaptation of glocal: {error}") from None
     missing = [path for path in layers if path not in attention_modules(model)]
     if missing:
         raise ValueError(f"{str(folder / _FILE)!r} is of another model: this one has no {missing[0]}")
-    handle = adapt(model, layers, own_window=own_window, backend=backend)
+    try:
+        handle = adapt(model, layers, own_window=own_window, backend=backend)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{str(folder / _FILE)!r} does not fit this model: {error}") from None
     try:
         _load_weights(handle, folder / _WEIGHTS)
     except BaseException:
@@ -339,9 +349,14 @@ def _resolve(
             raise ValueError("layers cannot be given beside a mapping of layers to patterns")
         return _from_mapping(modules, where)
     if isinstance(layers, str):
-        expression = re.compile(layers)
+        try:
+            expression = re.compile(layers)
+        except re.error as error:
+            raise ValueError(f"layers {layers!r} is no regular expression: {error}") from None
         chosen = [path for path in modules if expression.search(path)]
     else:
+        if layers is not None and not isinstance(layers, Iterable):
+            raise TypeError(f"layers must be numbers or a regular expression; it was {layers!r}")
         own = [path for path in modules if not crosses(path)]
         numbers = None if layers is None else list(layers)
         count = max((layer_number(path) for path in own), default=-1) + 1
@@ -392,6 +407,7 @@ def _check(pattern: Pattern, path: str, module: nn.Module) -> None:
     """As much as can be known before the model runs."""
     heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
     try:
+        pattern.check((_SAMPLE,), (_SAMPLE,))
         lead = pattern.lead((_SAMPLE,), (_SAMPLE,))
         seen = (pattern & Causal() if getattr(module, "is_causal", False) else pattern).count(_SAMPLE)
     except ValueError:

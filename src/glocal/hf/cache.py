@@ -12,11 +12,11 @@ from transformers.cache_utils import Cache as TransformersCache
 from transformers.cache_utils import CacheLayerMixin
 
 from glocal.cache import Cache, FullCache, HeavyHitters, SelectedTokens, WindowCache
-from glocal.hf.install import attention_modules, crosses
+from glocal.hf.install import NAME, attention_modules, crosses
 from glocal.hf.mechanism import frame_for, own_window
-from glocal.nn import Attention, CoreContextAttention, LessIsMore, MixtureOfBlocksAttention
+from glocal.nn import AllOrHereAttention, Attention, CoreContextAttention, LessIsMore, MixtureOfBlocksAttention
 from glocal.nn.frame import Call
-from glocal.patterns import Full, Pattern
+from glocal.patterns import Causal, Full, Pattern, Sinks, Sliding
 
 if TYPE_CHECKING:
     from glocal.hf.adapt import Adapted
@@ -34,24 +34,42 @@ __all__ = [
 ]
 
 _TAG = "_glocal_layer"
-_PADDED = (FullCache, SelectedTokens)  # what a token sees of them does not change when padding comes before it
+_STACK = "_glocal_adapted"  # where `glocal.hf.adapt` notes a model's adaptations
+
+
+Policy = Callable[[Attention], Cache]
+"""Makes an empty cache for a layer, whose scale is that of its model by then."""
 
 
 class Decoding(Attention):
-    """Full attention over a prompt, as the model's pattern has it, and a policy for the tokens after it."""
+    """Full attention over a prompt, as the model's pattern and window have it, and a policy for the tokens after it."""
 
-    def __init__(self, *args: Any, policy: Callable[[], Cache], **options: Any) -> None:
+    def __init__(self, *args: Any, policy: Policy, window: int | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.policy, self.pattern = policy, Full()
+        self.policy, self.window, self.pattern = policy, window, Full()
 
     pattern: Pattern
 
     def where(self, q: Tensor, k: Tensor, call: Call) -> Pattern:
-        own = super().where(q, k, call)
+        own = super().where(q, k, call) if self.window is None else Sliding(self.window - 1, 0)
         return own if isinstance(self.pattern, Full) else self.pattern & own
 
     def new_cache(self) -> Cache:
-        return self.policy()
+        return self.policy(self)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, call: Call, cache: Cache) -> Tensor:
+        if not (isinstance(cache, WindowCache) and cache.seen and q.shape[2] > 1):
+            return super().step(q, k, v, call, cache)
+        # A later piece of a prompt, at once: only tokens that none of it sees are missing before it.
+        (part,) = cache.kept()
+        order = part.position[0, 0].argsort()
+        keys, values = (torch.cat([old[:, :, order], new], 2) for old, new in ((part.k, k), (part.v, v)))
+        seen: Pattern = Sliding(cache.windows[0] - 1, 0)
+        if cache.sinks:
+            seen = (seen | Sinks(cache.sinks)) & Causal()
+        out: Tensor = self.attend(q, keys, values, seen, call)
+        cache.update(k, v)
+        return out
 
     def signals(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> dict[str, Tensor]:
         return {"queries": q}
@@ -66,10 +84,10 @@ class PolicyLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, frame: Attention) -> None:
+    def __init__(self, frame: Attention, config: Any) -> None:
         super().__init__()
-        self.frame = frame
-        self.policies: list[Cache] = [frame.new_cache()]
+        self.frame, self.config = frame, config
+        self.policies: list[Cache] = []  # made when tokens come, and with them the scale of the model's scores
         self.seen = self.batch = 0
         self._by_row = self._pending = False
 
@@ -85,7 +103,8 @@ class PolicyLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self._pending:
+        adapted = str(getattr(self.config, "_attn_implementation", None)).startswith(NAME)
+        if self._pending or not adapted:
             raise RuntimeError(
                 "this cache needs a model that glocal has adapted: use it inside `with glocal.hf.adapt(model):`"
             )
@@ -95,7 +114,7 @@ class PolicyLayer(CacheLayerMixin):
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        count = query_length if isinstance(query_length, int) else len(query_length)  # transformers 4: positions
+        count = query_length if isinstance(query_length, int) else len(query_length)  # positions, before 5.3
         return self.seen + count, 0
 
     def get_seq_length(self) -> int:
@@ -109,7 +128,7 @@ class PolicyLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.policies, self.seen, self.batch = [self.frame.new_cache()], 0, 0
+        self.policies, self.seen, self.batch = [], 0, 0
         self._by_row = self._pending = self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -138,16 +157,23 @@ class PolicyLayer(CacheLayerMixin):
         self._pending = False
         if isinstance(self.frame, Decoding):
             self.frame.pattern = pattern
+        elif not isinstance(pattern, Full | Causal):
+            raise ValueError(
+                f"{type(self.frame).__name__} decides alone what is read: its cache cannot be combined with the "
+                f"pattern {pattern}; use it inside `with glocal.hf.adapt(model):`"
+            )
         count, real = q.shape[2], call.real  # `real` is of the past too
         if not self.seen:
-            self.batch = q.shape[0]
-            self._by_row = real is not None and type(self.policies[0]) not in _PADDED
+            self.policies, self.batch = [self.frame.new_cache()], q.shape[0]
+            self._by_row = real is not None and not self._bears_padding(pattern)
             if self._by_row:
                 self.policies = [self.frame.new_cache() for _ in range(self.batch)]
+        elif q.shape[0] != self.batch:
+            raise ValueError(f"the cache holds the past of {self.batch} rows; the batch had {q.shape[0]}")
         self.seen += count
         if not self._by_row:
             policy = self.policies[0]
-            if real is not None and type(policy) not in _PADDED:
+            if real is not None and not self._bears_padding(pattern):
                 raise ValueError("padding must be at the start of the prompt; it came after real tokens")
             return self.frame.step(q, k, v, call._replace(cache=policy), policy)
         out = q.new_zeros(*q.shape[:-1], v.shape[-1])
@@ -156,10 +182,16 @@ class PolicyLayer(CacheLayerMixin):
             some = slice(None) if real is None else real[row, -count:].nonzero().squeeze(1)
             x = call.x[at][:, some]
             one = Call(x, x, None, policy, False)
-            parts = [t[at][:, :, some] for t in (q, k, v)]
-            if parts[0].shape[2]:
-                out[row, :, some] = self.frame.step(*parts, one, policy)[0]
+            mine, key, value = (t[at][:, :, some] for t in (q, k, v))
+            if mine.shape[2]:
+                out[row, :, some] = self.frame.step(mine, key, value, one, policy)[0]
         return out
+
+    def _bears_padding(self, pattern: Pattern) -> bool:
+        """Whether padding before a token changes nothing of what it sees: all is kept, and no position counts."""
+        kept = type(self.policies[0]) in (FullCache, SelectedTokens)
+        plain = type(self.frame) in (Attention, Decoding) and isinstance(pattern, Full | Causal)
+        return kept and (plain or isinstance(self.frame, AllOrHereAttention))
 
     @property
     def nbytes(self) -> int:
@@ -185,18 +217,19 @@ class PolicyCache(TransformersCache):
 
     def __init__(self, model: nn.Module, frames: Mapping[str, Attention | None]) -> None:
         modules = _decoder_modules(model)
-        layers = []
+        layers: list[Any] = []
         for path, module in modules.items():
-            frame, own = frames.get(path), own_window(module)
+            frame = frames.get(path)
             if frame is None:
-                frame = frame_for(module, Decoding, policy=FullCache if own is None else _keep_window(own))
-            layers.append(PolicyLayer(frame))
+                own = _own_window(model, path, module)
+                frame = frame_for(module, Decoding, policy=_full if own is None else _keep_window(own), window=own)
+            layers.append(PolicyLayer(frame, module.config))
         super().__init__(layers=layers)
 
     @property
     def nbytes(self) -> int:
         """Bytes held by all layers."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, PolicyLayer))
 
 
 class WindowSinksCache(PolicyCache):
@@ -208,7 +241,7 @@ class WindowSinksCache(PolicyCache):
         sinks: tokens at the start.
 
     Raises:
-        ValueError: a budget below the sinks, or as in `PolicyCache`.
+        ValueError: a window below 1, negative sinks, or as in `PolicyCache`.
 
     Example::
 
@@ -218,7 +251,7 @@ class WindowSinksCache(PolicyCache):
 
     def __init__(self, model: nn.Module, window: int, sinks: int = 4) -> None:
         WindowCache(window, sinks)  # its errors, now
-        super().__init__(model, _frames(model, lambda: WindowCache(window, sinks), window))
+        super().__init__(model, _frames(model, lambda _: WindowCache(window, sinks), window))
 
 
 class HeavyHitterCache(PolicyCache):
@@ -241,8 +274,11 @@ class HeavyHitterCache(PolicyCache):
 
     def __init__(self, model: nn.Module, heavy: int, recent: int) -> None:
         HeavyHitters(heavy, recent)  # its errors, now
-        frames = _frames(model, lambda: HeavyHitters(heavy, recent, prompt="whole"))
-        super().__init__(model, frames)
+
+        def policy(layer: Attention) -> Cache:
+            return HeavyHitters(heavy, recent, scale=layer.scale, softcap=layer.softcap, prompt="whole")
+
+        super().__init__(model, _frames(model, policy))
 
 
 class LessIsMoreCache(PolicyCache):
@@ -276,7 +312,9 @@ class LessIsMoreCache(PolicyCache):
     ) -> None:
         modules = _decoder_modules(model)
         frames: dict[str, Attention] = {
-            path: frame_for(module, Attention) for path, module in modules.items() if own_window(module) is None
+            path: frame_for(module, Attention)
+            for path, module in modules.items()
+            if _own_window(model, path, module) is None
         }
         self.chooser = LessIsMore(
             nn.ModuleList(frames.values()), budget=budget, ratio=ratio, sinks=sinks, start=start, correction=correction
@@ -373,21 +411,31 @@ def _is_causal(module: nn.Module) -> bool:
     return bool(getattr(module, "is_causal", False))
 
 
-def _frames(model: nn.Module, policy: Callable[[], Cache], most: int | None = None) -> dict[str, Attention]:
+def _own_window(model: nn.Module, path: str, module: nn.Module) -> int | None:
+    """The sliding window that the model itself has in a layer; None where it has none, or an adaptation took it."""
+    kept = (handle.own_window for handle in reversed(vars(model).get(_STACK, [])) if path in handle.where)
+    return own_window(module) if next(kept, True) else None
+
+
+def _frames(model: nn.Module, policy: Policy, most: int | None = None) -> dict[str, Attention]:
     """A policy for each layer; one with a window of its own keeps that, or the smaller of the two."""
     frames: dict[str, Attention] = {}
     for path, module in _decoder_modules(model).items():
-        own = own_window(module)
+        own = _own_window(model, path, module)
         mine = policy if own is None else _keep_window(own if most is None else min(own, most))
-        frames[path] = frame_for(module, Decoding, policy=mine)
+        frames[path] = frame_for(module, Decoding, policy=mine, window=own)
     return frames
 
 
 def _layers(model: nn.Module, kind: type[Attention], **settings: Any) -> dict[str, Attention]:
     """A mechanism for each layer that has no window of its own."""
     modules = _decoder_modules(model)
-    return {p: frame_for(m, kind, **settings) for p, m in modules.items() if own_window(m) is None}
+    return {p: frame_for(m, kind, **settings) for p, m in modules.items() if _own_window(model, p, m) is None}
 
 
-def _keep_window(size: int) -> Callable[[], Cache]:
-    return lambda: WindowCache(size)
+def _full(layer: Attention) -> Cache:
+    return FullCache()
+
+
+def _keep_window(size: int) -> Policy:
+    return lambda _: WindowCache(size)

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from glocal.hf.masks import build_mask
 
-__all__ = ["Forward", "Installed", "attention_modules", "crosses", "layer_number"]
+__all__ = ["NAME", "Forward", "Installed", "attention_modules", "crosses", "layer_number"]
 
 Forward = Callable[..., tuple[Tensor, Any]]
 
+NAME = "glocal-"
+"""How the names of attention implementations begin that are ours."""
 _number = itertools.count(1)
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 _CROSS = re.compile(r"(^|[._])(encoder_?attn|encdec_?attention|cross_?att\w*)([._]|$)", re.IGNORECASE)
@@ -71,7 +73,7 @@ class Installed:
             raise TypeError(
                 f"{type(model).__name__} does not use transformers' attention registry; its attention is fixed"
             )
-        self.model, self.name = model, f"glocal-{next(_number)}"  # a name of its own, so that models do not meet
+        self.model, self.name = model, f"{NAME}{next(_number)}"  # a name of its own, so that models do not meet
         self._before = [(config, dict(vars(config))) for config in _configs(model)]
         self._registries = (AttentionInterface, AttentionMaskInterface)
         # Without a mask builder of its own, transformers gives an attention function no mask at all.

@@ -68,9 +68,14 @@ def own(
         window: whether the model's own sliding window counts.
 
     Raises:
-        ValueError: a mask of another shape.
+        ValueError: a mask of another shape; the model's window cannot be taken away, as it is in the mask or the cache.
     """
     about: About = getattr(mask, _ABOUT, None) or About(keys)
+    if not window and about.window is not None and mask is not None and (about.offset or mask.dim() == 4):
+        raise ValueError(
+            "own_window=False needs keys that the model's window hides: pass past_key_values=DynamicCache() to "
+            "generate, and attention_mask rather than position_ids of packed sequences"
+        )
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else bool(is_causal)
     size = about.window if window else None
     pattern: Pattern = Causal() if causal else Full()
@@ -113,7 +118,9 @@ def build_mask(
     It is what transformers calls in the place of its own mask builders. Where queries are not the last keys (a static
     cache), keys were dropped (a sliding cache) or the layer has a window, the mask carries a note that `own` reads.
     """
-    if cache_position is not None:  # transformers 4
+    if hasattr(attention_mask, _ABOUT):  # generate has built it ahead for a static cache; it is of these keys already
+        return attention_mask
+    if cache_position is not None:  # before transformers 5.3
         q_length, q_offset = len(cache_position), cache_position[0]
         options["cache_position"] = cache_position
     assert q_length is not None
@@ -140,7 +147,7 @@ def build_mask(
             device=device,
             **where,
         )
-        return _noted(pairs, About(end, kv_offset))
+        return _noted(pairs, About(end, kv_offset, None if _chunked(function, local_size) else local_size))
     real = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length].bool()
     if real is not None and real.shape[-1] < kv_length:  # transformers takes keys beyond the mask for padding
         real = torch.nn.functional.pad(real, (0, kv_length - real.shape[-1]))
@@ -151,6 +158,7 @@ def build_mask(
 
 
 def _noted(mask: Tensor, about: About) -> Tensor:
+    mask = mask.contiguous()  # as generate makes it, which would lose the note
     setattr(mask, _ABOUT, about)
     return mask
 
