@@ -70,7 +70,7 @@ $(VENV)/test.done: $(VENV)/bin/python pyproject.toml constraints.txt CMakeLists.
 
 # Libraries that only tests compare with, in a folder that is on no path: tests/peers.py imports from it.
 peers: $(VENV)/bin/python
-	$(PIP) install -q --upgrade --no-deps --target $(VENV)/peers timm torchvision==0.28.0 fla-core kvpress \
+	$(PIP) install -q --upgrade --no-deps -c constraints.txt --target $(VENV)/peers timm torchvision==0.28.0 fla-core kvpress \
 	  || echo "timm, flash-linear-attention and kvpress cannot be installed here; tests that compare with them will be skipped"
 
 $(VENV)/cache-peers/done: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/glocal/kernels/native/*.[ch]*)
