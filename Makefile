@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 COUNT ?= 2000
 
-.PHONY: demo test check lint types layers unit bench proofs costs cache-peers fuzz format peers browser clean
+.PHONY: demo test check lint types layers unit bench proofs costs cache-peers pretrained fuzz format peers browser clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/glocal compare --report report.html
@@ -48,6 +48,10 @@ costs: $(VENV)/test.done
 # KV-cache policies at an equal budget, kvpress' beside ours, in an environment of its own: kvpress needs transformers below 5.3.
 cache-peers: $(VENV)/cache-peers/done
 	$(VENV)/cache-peers/bin/python benchmarks/cache_peers.py $(if $(MODEL),--model $(MODEL))
+
+# Everything in docs/pretrained.md, on a quiet machine.
+pretrained: $(VENV)/test.done $(VENV)/cache-peers/done
+	$(BIN)/python benchmarks/pretrained.py --peers-python $(VENV)/cache-peers/bin/python $(ONLY)
 
 # The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on COUNT random problems.
 fuzz: $(VENV)/test.done

@@ -39,6 +39,8 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, MistralConfi
 from transformers.utils.logging import disable_progress_bar
 
 from glocal.bench.corpus import python_source, to_ids
+from glocal.hf import adapt
+from glocal.hf.cache import CoreContextCache, HeavyHitterCache, WindowSinksCache
 
 try:
     import kvpress
@@ -59,15 +61,7 @@ Opened = AbstractContextManager[tuple[PreTrainedModel, Cache]]
 
 @dataclass(frozen=True)
 class Policy:
-    """``open`` makes, for as long as its context lasts, the model to call and an empty cache for it.
-
-    A policy of glocal is one more entry of `policies`, ``Policy("window and sinks", ours, sinks)`` with::
-
-        @contextmanager
-        def ours(model, job):
-            with glocal.hf.adapt(model, "causal()"):
-                yield model, glocal.hf.cache.WindowSinksCache(model, job.budget - 4, sinks=4)
-    """
+    """``open`` makes, for as long as its context lasts, the model to call and an empty cache for it."""
 
     name: str
     open: Callable[[PreTrainedModel, Job], Opened]
@@ -94,7 +88,7 @@ class Result:
 
 def policies() -> list[Policy]:
     """Every row of the table, the full cache first."""
-    rows = [Policy("full", full, causal), Policy("sliding window", sliding, window)]
+    rows = [Policy("full", full, causal), Policy("sliding window", sliding, window), *ours()]
     return rows + presses() if kvpress else rows
 
 
@@ -127,6 +121,31 @@ def sliding(model: PreTrainedModel, job: Job) -> Iterator[tuple[PreTrainedModel,
     mistral = MistralForCausalLM(MistralConfig(**settings | {"sliding_window": job.budget})).eval()
     mistral.load_state_dict(model.state_dict())
     yield mistral, DynamicCache(config=mistral.config)
+
+
+def ours() -> list[Policy]:
+    """glocal: prefill is full attention, but for the core contexts, which pool groups of 16 far tokens there too."""
+
+    def opened(make: Callable[[PreTrainedModel, int], Cache]) -> Callable[[PreTrainedModel, Job], Opened]:
+        @contextmanager
+        def open_policy(model: PreTrainedModel, job: Job) -> Iterator[tuple[PreTrainedModel, Cache]]:
+            with adapt(model, "full()"):
+                yield model, make(model, job.budget)
+
+        return open_policy
+
+    def half(model: PreTrainedModel, budget: int) -> Cache:
+        heavy = (budget - 1) // 2  # the newest token comes on top of both halves
+        return HeavyHitterCache(model, heavy=heavy, recent=budget - 1 - heavy)
+
+    def cores(model: PreTrainedModel, budget: int) -> Cache:
+        return CoreContextCache(model, group_size=16, window=budget * 3 // 4)
+
+    return [
+        Policy("glocal: window and sinks", opened(lambda m, n: WindowSinksCache(m, n - 4, sinks=4)), sinks),
+        Policy("glocal: heavy hitters", opened(half)),
+        Policy("glocal: core contexts", opened(cores), lossless=False),
+    ]
 
 
 def presses() -> list[Policy]:
@@ -274,13 +293,14 @@ def main() -> None:
         print("kvpress is not installed here: its presses are left out (see `make cache-peers`)", file=sys.stderr)
     check(rows, model, pieces)
     print(f"{args.pieces} pieces of {args.length:,} bytes, {job.prefill:,} at once; a budget of {job.budget} tokens.")
-    print("policy | bits per byte | above full | MiB after prefill | MiB at the end | grows | ms a step")
+    head = ("policy", "bits per byte", "above full", "MiB after prefill", "MiB at the end", "grows", "ms a step")
+    print(f"\n| {' | '.join(head)} |\n|{' --- |' * len(head)}")
     whole = measure(rows[0], model, pieces, job)
     error = (whole.bits - parallel(model, pieces, job.prefill, causal(args.length, job))).abs().max()
     assert error < 1e-4, f"decoding with the full cache is {error:.1e} bits off the parallel form"
     for policy in rows:
         result = whole if policy is rows[0] else measure(policy, model, pieces, job)
-        print(" | ".join([policy.name, *cells(result, whole)]), flush=True)
+        print(f"| {' | '.join([policy.name, *cells(result, whole)])} |", flush=True)
 
 
 def cells(result: Result, whole: Result) -> list[str]:

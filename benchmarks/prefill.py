@@ -82,7 +82,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
-    print(f"| model | tokens | attention | prefill | times as fast | attention alone | times as fast |\n|{' --- |' * 7}")
+    print(
+        f"| model | tokens | attention | prefill | times as fast | attention alone | times as fast |\n|{' --- |' * 7}"
+    )
     for title, sizes in SIZES.items():
         torch.manual_seed(0)
         heads = sizes["num_attention_heads"] // 2
@@ -95,7 +97,7 @@ def main() -> None:
             whole, inside = found["full, transformers' sdpa"]
             for name, (seconds, attention) in found.items():
                 ratios = f"{whole / seconds:.2f} | {attention:.3f} s | {inside / attention:.1f}"
-                print(f"| {title} | {length:,} | {name} | {seconds:.3f} s | {ratios} |", flush=True)
+                print(f"| {title} | {length:,} | {name.replace('|', chr(92) + '|')} | {seconds:.3f} s | {ratios} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from glocal import Full, PerHead, Sliding
+from glocal import Full, PerHead, Sinks, Sliding
 from glocal.hf import MECHANISMS, Mechanism, adapt, attention, readapt
 from glocal.hf.install import attention_modules
 from glocal.patterns import Keys
@@ -97,11 +97,14 @@ def test_decoding_is_the_parallel_form(name, pattern, cache):
         assert far(scores(out), forced(model, batch, out.sequences)) > 1e-4
 
 
+@pytest.mark.parametrize("pattern", ["sliding(4, 0)", "sliding(2, 0) | sinks(3)", "block(4) | strided(5)", "per head"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2"])
-def test_rows_with_padding_are_as_alone(name):
+def test_rows_with_padding_are_as_alone(name, cache, pattern):
     model, batch = models.build(name, **GENERATORS[name]), prompt(name, pad=4)
-    with adapt(model, "sliding(4, 0)"):
-        both = generate(model, batch)
+    where = PerHead([Sinks(2) | Sliding(n, 0) for n in range(4)]) if pattern == "per head" else pattern
+    with adapt(model, where):
+        both = generate(model, batch, **(WAYS["static"] if cache == "static" else {}))
         for row, hidden in enumerate((0, 4)):
             one = {key: value[row : row + 1, hidden:] for key, value in batch.items()}
             alone = generate(model, one)

@@ -85,8 +85,8 @@ class HeavyHitters(Cache):
         self.sums = torch.zeros(k.shape[:3], dtype=wide, device=k.device)
         place = torch.arange(count, device=k.device)
         for rows in place.split(max(1, _PAIRS // max(1, q.shape[0] * q.shape[1] * count))):
-            weights = self.attention(q[:, :, rows], place <= rows[:, None])
-            self.sums = self.sums + weights
+            last = int(rows[-1]) + 1
+            self.sums[..., :last] += self.attention(q[:, :, rows], place[:last] <= rows[:, None])
         self._evict()
 
     def _add(self, k: Tensor, v: Tensor, q: Tensor) -> None:
@@ -107,7 +107,7 @@ class HeavyHitters(Cache):
     ) -> Float[Tensor, "B Hkv T"]:
         """What queries give each kept token: ``exp(score - lse)``, added up over them and over a key head's heads."""
         assert self.k is not None
-        k = self.k.detach()
+        k = self.k.detach() if seen is None else self.k.detach()[:, :, : seen.shape[1]]
         wide = torch.promote_types(k.dtype, torch.float32)
         grouped = q.unflatten(1, (k.shape[1], -1)).to(wide)
         scores = grouped @ k.to(wide).mT[:, :, None] * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.hf.attention import attention, refuse
-from glocal.hf.cache import PolicyCache, PolicyLayer
+from glocal.hf.cache import STACK, PolicyCache, PolicyLayer
 from glocal.hf.install import Installed, attention_modules, crosses, layer_number
 from glocal.hf.masks import own
 from glocal.hf.mechanism import Mechanism, own_window
@@ -25,7 +25,6 @@ __all__ = ["Adapted", "Where", "adapt", "readapt"]
 
 Where = Pattern | Mechanism | str
 _FILE, _WEIGHTS, _VERSION = "glocal.json", "glocal.safetensors", 1
-_STACK = "_glocal_adapted"
 _SAMPLE = 64  # tokens on which a pattern is tried
 
 
@@ -135,7 +134,7 @@ class Adapted:
         self._inputs[id(module)] = args[0] if args else kwargs["hidden_states"]
 
     def _stack(self) -> list[Adapted]:
-        stack: list[Adapted] = vars(self.model).setdefault(_STACK, [])
+        stack: list[Adapted] = vars(self.model).setdefault(STACK, [])
         return stack
 
     # What runs.
@@ -192,6 +191,8 @@ class Adapted:
             raise ValueError("a mask of pairs (packed sequences) cannot be combined with a mechanism or a cache policy")
         mixer = frame if layer is None else layer.frame
         assert mixer is not None
+        if frame is not None and type(mixer) is not type(frame):
+            raise ValueError(f"this layer runs {chosen}, the cache another policy: pass past_key_values=handle.cache()")
         causal = bool(getattr(module, "is_causal", False)) if is_causal is None else bool(is_causal)
         if mixer.causal != causal:
             raise ValueError(
@@ -238,13 +239,13 @@ class Adapted:
         Raises:
             RuntimeError: a newer adaptation is in place.
         """
-        stack = vars(self.model).get(_STACK, [])
+        stack = vars(self.model).get(STACK, [])
         if self in stack:
             if stack[-1] is not self:
                 raise RuntimeError("a newer adaptation of this model is in place: restore that one first")
             stack.pop()
         if not stack:
-            vars(self.model).pop(_STACK, None)
+            vars(self.model).pop(STACK, None)
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._inputs = [], {}

@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from glocal.attention import attend
 from glocal.hf.masks import Own, own
-from glocal.patterns import Full, Pattern
+from glocal.patterns import Causal, Full, Keys, Pattern, PerHead, Sliding
+from glocal.patterns.base import Complement, Intersection, Union
 
 __all__ = ["attention", "refuse"]
 
+# Patterns that depend on distances only: padding before a row, and dropped keys, leave them as they are.
+_MOVABLE = (Full, Causal, Sliding, PerHead, Union, Intersection, Complement)
 # Arguments of attention that change the result and that a pattern cannot express: never dropped in silence.
 _REFUSED = {
     "s_aux": "learned attention sinks",
@@ -68,21 +71,14 @@ def attention(
     if position_bias is not None:
         position_bias = position_bias[..., : mine.end]
         bias = position_bias if bias is None else bias + position_bias
+    settings: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "backend": backend}
+    if mine.bias is None and any(mine.padding) and not mine.offset and not _movable(where):
+        rows = _by_row(query, key, value, where, mine, bias, settings)
+        return rows.transpose(1, 2).contiguous(), None
     pattern, extra = _seen(where, mine, query, key)
     if extra is not None:
         bias = extra if bias is None else bias + extra
-    out = attend(
-        query,
-        key,
-        value,
-        pattern,
-        bias=None if bias is None else bias.to(query.dtype),
-        scale=scaling,
-        softcap=softcap,
-        dropout_p=dropout,
-        backend=backend,
-    )
-    assert isinstance(out, Tensor)
+    out = attend(query, key, value, pattern, bias=None if bias is None else bias.to(query.dtype), **settings)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -93,20 +89,47 @@ def refuse(options: dict[str, Any]) -> None:
             raise ValueError(f"glocal.hf does not support {what} ({name})")
 
 
+def _movable(where: Pattern) -> bool:
+    """Whether padding before a row, or keys dropped there, leave a pattern as it is: it depends on distances only.
+
+    What holds data, a mask of keys say, counts slots and not tokens.
+    """
+    return bool(where.data()) or all(isinstance(part, _MOVABLE) for part in where.walk())
+
+
+def _by_row(
+    query: Tensor, key: Tensor, value: Tensor, where: Pattern, mine: Own, bias: Tensor | None, settings: dict[str, Any]
+) -> Tensor:
+    """Each row without the padding before it, so that the pattern counts real tokens; ``(B, H, Nq, Dv)``."""
+    out = query.new_zeros(*query.shape[:-1], value.shape[-1])
+    for row, before in enumerate(mine.padding):
+        skip = max(0, before - (key.shape[2] - query.shape[2]))  # queries that are padding see nothing
+        q, k, v = query[row : row + 1, :, skip:], key[row : row + 1, :, before:], value[row : row + 1, :, before:]
+        if not q.shape[2]:
+            continue
+        pattern = where & mine.causality
+        if mine.real is not None and not bool(mine.real[row, before:].all()):
+            pattern = pattern & Keys(mine.real[row : row + 1, before:])
+        part = None if bias is None else bias[row % bias.shape[0]][None, :, -q.shape[2] :, before:].to(q.dtype)
+        out[row] = torch.nn.functional.pad(attend(q, k, v, pattern, bias=part, **settings)[0], (0, 0, skip, 0))
+    return out
+
+
 def _seen(where: Pattern, mine: Own, query: Tensor, key: Tensor) -> tuple[Pattern, Tensor | None]:
-    """The pattern of both, and a bias where the keys are a tail of the sequence."""
-    if isinstance(where, Full) or not mine.offset:
-        both = (
-            mine.pattern
-            if isinstance(where, Full)
-            else where
-            if isinstance(mine.pattern, Full)
-            else where & mine.pattern
-        )
-        return both, None
-    # A sliding cache has dropped the first keys: the pattern still counts from the sequence's start.
-    rows = torch.arange(query.shape[2], device=query.device)
-    total = mine.offset + key.shape[2]
-    where.check((query.shape[2],), (total,))
-    live = where.rows(rows, (query.shape[2],), (total,))[..., mine.offset :]
-    return mine.pattern, torch.zeros_like(live, dtype=query.dtype).masked_fill(~live, -torch.inf)
+    """The pattern of both; and a bias where keys were dropped or padded before a mask of pairs, and the pattern minds."""
+    if isinstance(where, Full):
+        return mine.pattern, None
+    moved = bool(mine.offset) or (mine.bias is not None and any(mine.padding))
+    if not moved or _movable(where):
+        return where if isinstance(mine.pattern, Full) else where & mine.pattern, None
+    queries, total = query.shape[2], mine.offset + key.shape[2]
+    live = []
+    for before in mine.padding or (0,):
+        length = total - before  # tokens of this row
+        own = min(queries, length)
+        where.check((own,), (length,))
+        rows = where.rows(torch.arange(own, device=query.device), (own,), (length,))
+        rows = torch.nn.functional.pad(rows, (before, 0, queries - own, 0))[..., mine.offset :]
+        live.append(rows if rows.dim() == 3 else rows[None])
+    seen = torch.stack(live)
+    return mine.pattern, torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, -torch.inf)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from glocal.hf.adapt import Adapted
 
 __all__ = [
+    "STACK",
     "AllOrHereCache",
     "BlocksCache",
     "CoreContextCache",
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 _TAG = "_glocal_layer"
-_STACK = "_glocal_adapted"  # where `glocal.hf.adapt` notes a model's adaptations
+STACK = "_glocal_adapted"  # where `glocal.hf.adapt` notes a model's adaptations
 
 
 Policy = Callable[[Attention], Cache]
@@ -85,7 +86,7 @@ class PolicyLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, frame: Attention, config: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.frame, self.config = frame, config
         self.policies: list[Cache] = []  # made when tokens come, and with them the scale of the model's scores
         self.seen = self.batch = 0
@@ -413,7 +414,7 @@ def _is_causal(module: nn.Module) -> bool:
 
 def _own_window(model: nn.Module, path: str, module: nn.Module) -> int | None:
     """The sliding window that the model itself has in a layer; None where it has none, or an adaptation took it."""
-    kept = (handle.own_window for handle in reversed(vars(model).get(_STACK, [])) if path in handle.where)
+    kept = (handle.own_window for handle in reversed(vars(model).get(STACK, [])) if path in handle.where)
     return own_window(module) if next(kept, True) else None
 
 

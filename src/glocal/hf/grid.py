@@ -69,9 +69,9 @@ class GridAttention(Attention):
         if call.real is not None:
             raise ValueError("padding cannot be combined with a grid of patches")
         first, rest = slice(self.special), slice(self.special, None)
-        on_grid = [t[:, :, rest].unflatten(2, self.grid) for t in (q, k, v)]
-        out, lse = self.attend(*on_grid, self.pattern, call, return_lse=True)
-        patches = out.flatten(2, -2), lse.flatten(2)
+        on_q, on_k, on_v = (t[:, :, rest].unflatten(2, self.grid) for t in (q, k, v))
+        out, lse = self.attend(on_q, on_k, on_v, self.pattern, call, return_lse=True)
+        patches: tuple[Tensor, Tensor] = (out.flatten(2, -2), lse.flatten(2))
         if not self.special:
             return patches[0]
         special = self.attend(q[:, :, rest], k[:, :, first], v[:, :, first], Full(), call, return_lse=True)

@@ -23,11 +23,13 @@ class About:
         end: how many of the key slots are in use; a static cache has more.
         offset: tokens before the first key, which a sliding cache has dropped.
         window: keys of the model's own sliding window.
+        padding: for each row of the batch, its padding before the first real token; empty where there is none.
     """
 
     end: int
     offset: int = 0
     window: int | None = None
+    padding: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,20 @@ class Own:
 
     Args:
         pattern: causality, padding, and the model's own window.
+        causality: the same without padding.
         real: which keys are no padding, ``(B, Nk)``; None where all are.
         bias: ``(B, 1 or H, Nq, Nk)``, where the mask is one of pairs; these then say all that `pattern` would.
-        end, offset, window: as in `About`.
+        end, offset, window, padding: as in `About`.
     """
 
     pattern: Pattern
+    causality: Pattern
     real: Tensor | None
     bias: Tensor | None
     end: int
     offset: int
     window: int | None
+    padding: tuple[int, ...] = ()
 
 
 def own(
@@ -82,21 +87,21 @@ def own(
     if size is not None:
         pattern = Sliding(size - 1, 0) if causal else Sliding(size, size)
     if mask is None:
-        return Own(pattern, None, None, about.end, about.offset, size)
+        return Own(pattern, pattern, None, None, about.end, about.offset, size)
     if mask.dim() == 2:
         real = mask[:, : about.end].bool()
         if bool(real.all()):
-            return Own(pattern, None, None, about.end, about.offset, size)
+            return Own(pattern, pattern, None, None, about.end, about.offset, size, about.padding)
         unpadded = Keys(real)
         both = unpadded if isinstance(pattern, Full) else pattern & unpadded
-        return Own(both, real, None, about.end, about.offset, size)
+        return Own(both, pattern, real, None, about.end, about.offset, size, about.padding or _before(real))
     if mask.dim() != 4:
         raise ValueError(f"attention_mask must have 2 or 4 axes; it was {tuple(mask.shape)}")
     # A mask of pairs has causality, window and padding in it already, as transformers has it.
     pairs = mask[..., : about.end]
     if pairs.dtype == torch.bool:
         pairs = torch.zeros_like(pairs, dtype=query.dtype).masked_fill(~pairs, -torch.inf)
-    return Own(Full(), None, pairs, about.end, about.offset, None)
+    return Own(Full(), Full(), None, pairs, about.end, about.offset, None, about.padding)
 
 
 def build_mask(
@@ -147,14 +152,23 @@ def build_mask(
             device=device,
             **where,
         )
-        return _noted(pairs, About(end, kv_offset, None if _chunked(function, local_size) else local_size))
+        before = () if attention_mask is None else _before(attention_mask.bool())
+        return _noted(pairs, About(end, kv_offset, None if _chunked(function, local_size) else local_size, before))
     real = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length].bool()
     if real is not None and real.shape[-1] < kv_length:  # transformers takes keys beyond the mask for padding
         real = torch.nn.functional.pad(real, (0, kv_length - real.shape[-1]))
-    about = About(end, kv_offset, local_size)
+    # What was dropped may have been padding, which the mask of what is left does not say.
+    padding = () if attention_mask is None or not kv_offset else _before(attention_mask.bool())
+    about = About(end, kv_offset, local_size, padding)
     if about == About(kv_length):
         return None if real is None or bool(real.all()) else real
     return _noted(torch.ones(batch_size, kv_length, dtype=torch.bool, device=device) if real is None else real, about)
+
+
+def _before(real: Tensor) -> tuple[int, ...]:
+    """Padding before the first real token of each row; empty where no row has any."""
+    count = (real.cumsum(1) == 0).sum(1).tolist()
+    return tuple(count) if any(count) else ()
 
 
 def _noted(mask: Tensor, about: About) -> Tensor:

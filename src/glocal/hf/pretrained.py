@@ -56,8 +56,9 @@ def load_causal(folder: str | Path) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    loader: Any = AutoModelForCausalLM
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = loader.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
     except (SafetensorError, RuntimeError) as error:
