@@ -28,6 +28,7 @@ VARIANTS = {
     "sliding(1023, 0) | sinks(4)": "sliding(1023, 0) | sinks(4)",
     "sliding(511, 0) | sinks(4)": "sliding(511, 0) | sinks(4)",
     "sliding(255, 0) | sinks(4)": "sliding(255, 0) | sinks(4)",
+    "sliding(127, 0) | sinks(4)": "sliding(127, 0) | sinks(4)",
 }
 SIZES = {
     "byte model": dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8),
@@ -97,7 +98,8 @@ def main() -> None:
             whole, inside = found["full, transformers' sdpa"]
             for name, (seconds, attention) in found.items():
                 ratios = f"{whole / seconds:.2f} | {attention:.3f} s | {inside / attention:.1f}"
-                print(f"| {title} | {length:,} | {name.replace('|', chr(92) + '|')} | {seconds:.3f} s | {ratios} |", flush=True)
+                shown = name.replace("|", r"\|")
+                print(f"| {title} | {length:,} | {shown} | {seconds:.3f} s | {ratios} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Patterns on the patches of vision transformers: against a mask of pairs, written out, in transformers' own attention."""
+"""Patterns on the patches of vision transformers, against a mask of pairs that is written out."""
 
 import pytest
 import torch

@@ -116,7 +116,7 @@ def _by_row(
 
 
 def _seen(where: Pattern, mine: Own, query: Tensor, key: Tensor) -> tuple[Pattern, Tensor | None]:
-    """The pattern of both; and a bias where keys were dropped or padded before a mask of pairs, and the pattern minds."""
+    """Both patterns; and a bias where keys were dropped, or padding is in a mask of pairs, and the pattern minds."""
     if isinstance(where, Full):
         return mine.pattern, None
     moved = bool(mine.offset) or (mine.bias is not None and any(mine.padding))

@@ -39,8 +39,8 @@ MECHANISMS: Mapping[str, tuple[type[Attention], dict[str, Any]]] = MappingProxyT
 class Mechanism:
     """A mechanism by name, with the settings of its layer in `glocal.nn`.
 
-    ``moba``, ``h2o``, ``cca``, ``sf_attn`` and ``mswa`` need no training, nor do ``block_sparse`` and ``grid``, which are
-    for encoders of images; ``aha``, ``nats`` and ``moh`` have small routers that do (`glocal.hf.tune`).
+    ``moba``, ``h2o``, ``cca``, ``sf_attn`` and ``mswa`` need no training, nor do ``block_sparse`` and ``grid``, which
+    are for encoders of images; ``aha``, ``nats`` and ``moh`` have small routers that do (`glocal.hf.tune`).
 
     Args:
         name: one of `MECHANISMS`.
