@@ -118,7 +118,8 @@ def check(backend, dtype, p):
     honest = plain(*flat, mask, bias=dense_bias, **options)
     out, lse = out.flatten(2, -2), lse.flatten(2)
     # Rounding of results of size 1 in the type itself, on top of twice the honest error.
-    unit = 8 * torch.finfo(dtype).eps
+    # In float64 the honest error is often exactly zero, and another order of sums is all that is measured.
+    unit = (32 if dtype == torch.float64 else 8) * torch.finfo(dtype).eps
     assert out.dtype == dtype and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert error(out, want) <= 2 * error(honest, want) + unit
     seen = want_lse != -torch.inf

@@ -291,7 +291,7 @@ def test_the_example_refuses(call, folder, tmp_path):
         assert run.exit_code == 2 and named in run.output
     llama(heads=2).save_pretrained(tmp_path / "two")
     run = call("moh", "--out", tmp_path / "out", "--model", tmp_path / "two")
-    assert run.exit_code == 2 and "top_k" in run.output
+    assert run.exit_code == 2 and "shared_heads" in run.output
 
 
 def test_the_example_keeps_what_was_learned_when_stopped(call, script, folder, tmp_path, monkeypatch):
