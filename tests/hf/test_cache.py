@@ -162,12 +162,8 @@ def alone(model, ids, real, row: int, cache=None, pieces=None):
 STEPS = (1,) * 7
 
 
-@pytest.mark.parametrize(
-    ("name", "policy"),
-    [(name, policy) for name in ("llama", "gemma2") for policy in ROOMY]
-    # What the others do differently, their positions, norms and names, meets every policy alike.
-    + [(name, policy) for name in MODELS if name not in ("llama", "gemma2") for policy in ("window", "cores")],
-)
+@pytest.mark.parametrize("policy", ROOMY)
+@pytest.mark.parametrize("name", MODELS)
 def test_room_for_everything_is_full_attention(name, policy):
     """Token by token, prompts in one piece and in two, each row as alone; Gemma's layers keep their own windows."""
     model, (where, cache) = make(name), ROOMY[policy]
