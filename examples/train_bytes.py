@@ -16,6 +16,7 @@ holds ``config.json``, ``model.safetensors`` (float16), the tokenizer, and ``tra
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -34,6 +35,7 @@ from glocal.bench.corpus import VOCAB, python_source, to_ids
 from glocal.hf import adapt
 
 CHECKPOINT = "checkpoint.safetensors"
+LN2 = math.log(2)
 
 
 def train(
@@ -75,7 +77,7 @@ def train(
             task = bar.add_task("training", total=last, completed=run.step)
             while run.step < last:
                 loss = run.advance(steps, length, tokens)
-                bar.update(task, completed=run.step, description=f"{loss / 0.6931:.2f} bits")
+                bar.update(task, completed=run.step, description=f"{loss / LN2:.2f} bits")
                 if run.step % save_every == 0:
                     run.note(bits_per_byte(run.model, length))
                     run.save(out / CHECKPOINT)
@@ -126,7 +128,7 @@ class Run:
         """Add a point to the curve."""
         now = time.monotonic()
         self.seconds, self._since = self.seconds + now - self._since, now
-        mean = sum(self._losses) / max(1, len(self._losses)) / 0.6931471805599453
+        mean = sum(self._losses) / max(1, len(self._losses)) / LN2
         self.curve.append({"step": self.step, "train": mean, "held_out": held, "seconds": round(self.seconds, 1)})
         self._losses = []
 
@@ -209,7 +211,7 @@ def bits_per_byte(model: LlamaForCausalLM, length: int, pieces: int = 16) -> flo
     for at in torch.linspace(0, len(text) - length, pieces).long().tolist():
         ids = to_ids(text[at : at + length])[None]
         losses.append(float(model(input_ids=ids, labels=ids).loss))
-    return sum(losses) / len(losses) / 0.6931471805599453
+    return sum(losses) / len(losses) / LN2
 
 
 def _config(length: int, width: int, layers: int) -> LlamaConfig:

@@ -13,8 +13,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from glocal.cache import Cache, FullCache, HeavyHitters, SelectedTokens, WindowCache
 from glocal.hf.install import NAME, attention_modules, crosses
-from glocal.hf.mechanism import frame_for, own_window
-from glocal.nn import AllOrHereAttention, Attention, CoreContextAttention, LessIsMore, MixtureOfBlocksAttention
+from glocal.hf.mechanism import Mechanism, frame_for, own_window
+from glocal.nn import AllOrHereAttention, Attention, LessIsMore
 from glocal.nn.frame import Call
 from glocal.patterns import Causal, Full, Pattern, Sinks, Sliding
 
@@ -338,8 +338,7 @@ class BlocksCache(PolicyCache):
     """
 
     def __init__(self, model: nn.Module, block_size: int = 64, top_k: int = 3) -> None:
-        frames = _layers(model, MixtureOfBlocksAttention, block_size=block_size, top_k=top_k)
-        super().__init__(model, frames)
+        super().__init__(model, _layers(model, Mechanism("moba", {"block_size": block_size, "top_k": top_k})))
 
 
 class CoreContextCache(PolicyCache):
@@ -357,8 +356,7 @@ class CoreContextCache(PolicyCache):
     """
 
     def __init__(self, model: nn.Module, group_size: int = 16, window: int = 256) -> None:
-        frames = _layers(model, CoreContextAttention, group_size=group_size, window=window, pool_rotated=True)
-        super().__init__(model, frames)
+        super().__init__(model, _layers(model, Mechanism("cca", {"group_size": group_size, "window": window})))
 
 
 class _Learned(PolicyCache):
@@ -428,10 +426,9 @@ def _frames(model: nn.Module, policy: Policy, most: int | None = None) -> dict[s
     return frames
 
 
-def _layers(model: nn.Module, kind: type[Attention], **settings: Any) -> dict[str, Attention]:
+def _layers(model: nn.Module, mechanism: Mechanism) -> dict[str, Attention]:
     """A mechanism for each layer that has no window of its own."""
-    modules = _decoder_modules(model)
-    return {p: frame_for(m, kind, **settings) for p, m in modules.items() if _own_window(model, p, m) is None}
+    return {p: mechanism.frame(m) for p, m in _decoder_modules(model).items() if _own_window(model, p, m) is None}
 
 
 def _full(layer: Attention) -> Cache:

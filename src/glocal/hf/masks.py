@@ -41,7 +41,7 @@ class Own:
         causality: the same without padding.
         real: which keys are no padding, ``(B, Nk)``; None where all are.
         bias: ``(B, 1 or H, Nq, Nk)``, where the mask is one of pairs; these then say all that `pattern` would.
-        end, offset, window, padding: as in `About`.
+        end, offset, padding: as in `About`.
     """
 
     pattern: Pattern
@@ -50,7 +50,6 @@ class Own:
     bias: Tensor | None
     end: int
     offset: int
-    window: int | None
     padding: tuple[int, ...] = ()
 
 
@@ -87,21 +86,21 @@ def own(
     if size is not None:
         pattern = Sliding(size - 1, 0) if causal else Sliding(size, size)
     if mask is None:
-        return Own(pattern, pattern, None, None, about.end, about.offset, size)
+        return Own(pattern, pattern, None, None, about.end, about.offset)
     if mask.dim() == 2:
         real = mask[:, : about.end].bool()
         if bool(real.all()):
-            return Own(pattern, pattern, None, None, about.end, about.offset, size, about.padding)
+            return Own(pattern, pattern, None, None, about.end, about.offset, about.padding)
         unpadded = Keys(real)
         both = unpadded if isinstance(pattern, Full) else pattern & unpadded
-        return Own(both, pattern, real, None, about.end, about.offset, size, about.padding or _before(real))
+        return Own(both, pattern, real, None, about.end, about.offset, about.padding or _before(real))
     if mask.dim() != 4:
         raise ValueError(f"attention_mask must have 2 or 4 axes; it was {tuple(mask.shape)}")
     # A mask of pairs has causality, window and padding in it already, as transformers has it.
     pairs = mask[..., : about.end]
     if pairs.dtype == torch.bool:
         pairs = torch.zeros_like(pairs, dtype=query.dtype).masked_fill(~pairs, -torch.inf)
-    return Own(Full(), Full(), None, pairs, about.end, about.offset, None, about.padding)
+    return Own(Full(), Full(), None, pairs, about.end, about.offset, about.padding)
 
 
 def build_mask(
