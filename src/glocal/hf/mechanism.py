@@ -21,8 +21,7 @@ MECHANISMS: Mapping[str, tuple[type[Attention], dict[str, Any]]] = MappingProxyT
     {
         "moba": (layers.MixtureOfBlocksAttention, {}),
         "h2o": (layers.HeavyHitterAttention, {}),
-        # Keys arrive rotated, so they are pooled as they are.
-        "cca": (layers.CoreContextAttention, {"pool_rotated": True}),
+        "cca": (layers.CoreContextAttention, {}),  # without a rope of its own it pools rotated keys as they are
         "sf_attn": (layers.ShiftedSparseAttention, {}),
         "mswa": (layers.MultiScaleWindowAttention, {}),
         "block_sparse": (layers.BlockSparseAttention, {}),
