@@ -1,0 +1,1 @@
+"""Steering: make a pretrained language or vision-language model look at the right thing, without training it."""
