@@ -138,8 +138,52 @@ def test_pieces_depend_on_seed_and_step_only(script):
     batch = script["batch"]
     assert torch.equal(batch(0, 7, 256, 4), batch(0, 7, 256, 4))
     assert not torch.equal(batch(0, 7, 256, 4), batch(0, 8, 256, 4))
+    assert not torch.equal(batch(0, 7, 256, 4), batch(1, 7, 256, 4))
+
+
+def longest_repeat(row: bytes) -> int:
+    """Length of the longest run of bytes that comes again without overlap."""
+    length = 0
+    for at in range(len(row)):
+        while at + length + 1 <= len(row) and row.find(row[at : at + length + 1], at + length + 1) >= 0:
+            length += 1
+    return length
+
+
+def test_about_half_of_the_pieces_are_plain_text_and_in_the_others_something_comes_again(script):
     text = bytes(python_source().tolist())
-    plain = 0
-    for step in range(10):
-        plain += sum(bytes((row - 3).tolist()) in text for row in batch(1, step, 64, 4))
-    assert 20 <= plain < 40  # a fifth of the 40 pieces carry a repeated span
+    plain, repeats = 0, []
+    for step in range(20):
+        for row in script["batch"](1, step, 256, 4):
+            piece = bytes((row - 3).tolist())
+            if piece in text:
+                plain += 1
+            else:
+                repeats.append(longest_repeat(piece))
+    assert 25 <= plain <= 55 and len(repeats) == 80 - plain
+    assert sorted(repeats)[len(repeats) // 10] >= 10  # a second span can fall on the first
+    short = script["batch"](1, 0, 64, 64)
+    periodic = sum(any(torch.equal(row[p:], row[:-p]) for p in range(5, 25)) for row in short)
+    assert 20 <= periodic <= 44
+
+
+def test_lengths_grow(script):
+    size_at = script["size_at"]
+    sizes = [size_at(step / 1000, 2048) for step in range(1000)]
+    assert sizes == sorted(sizes)
+    assert [sizes.count(size) for size in (64, 256, 1024, 2048)] == pytest.approx([120, 180, 350, 350], abs=1)
+    assert {size_at(step / 100, 128) for step in range(100)} == {64, 128}
+
+
+def test_what_is_copied_is_counted_by_hand(script):
+    class Echo(torch.nn.Module):
+        """Says what came `distance` bytes before the byte that it is asked for."""
+
+        def forward(self, input_ids):
+            logits = torch.zeros(1, input_ids.shape[1], 259)
+            for at in range(input_ids.shape[1] - 1):
+                ahead = input_ids[0, at + 1]  # an oracle: right about the last twelve, wrong before
+                logits[0, at, ahead if at >= input_ids.shape[1] - 13 else (ahead + 1) % 259] = 1
+            return type("Output", (), {"logits": logits})
+
+    assert script["copied"](Echo(), 256, pieces=3, span=24) == pytest.approx(12 / 16)

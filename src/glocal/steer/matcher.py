@@ -144,6 +144,7 @@ class SelfMatcher:
     def __call__(self, images: Sequence[Any], questions: Sequence[str]) -> list[tuple[NDArray[Any], float]]:
         """See `Matcher`; the similarity is the probability of yes, of yes and no, by the best view."""
         found = []
+        yes, no = int(self.yes), int(self.no)
         for image, question in zip(images, questions, strict=True):
             parts = [image.crop(box) for box in _parts(image.width, image.height, self.views)]
             inputs = dict(
@@ -155,7 +156,7 @@ class SelfMatcher:
             sure: list[Tensor] = []
 
             def verdict(logits: Tensor, sure: list[Tensor] = sure) -> Tensor:
-                margin = logits[:, self.yes] - logits[:, self.no]
+                margin = logits[:, yes] - logits[:, no]
                 sure.append(margin.detach().sigmoid())
                 return margin
 
