@@ -21,24 +21,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from glocal.bench.corpus import VOCAB, python_source, to_ids
+from glocal.bench.training import CHECKPOINT, Training
 from glocal.hf import adapt
 
-CHECKPOINT = "checkpoint.safetensors"
 STAGES = ((0.12, 32), (0.18, 8), (0.35, 2), (0.35, 1))
 """Shares of the steps, and by what the length of their pieces is divided."""
 SHORTEST = 64
@@ -64,7 +59,7 @@ def train(
     try:
         _check(steps, length, tokens, width, layers)
         out.mkdir(parents=True, exist_ok=True)
-        run = Run(_config(length, width, layers), lr=lr, seed=seed)
+        run = start(_config(length, width, layers), lr=lr, seed=seed)
         if (out / CHECKPOINT).exists():
             run.load(out / CHECKPOINT)
             console.print(f"Going on after step {run.step}.")
@@ -72,132 +67,55 @@ def train(
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
     last = steps if stop_after is None else min(steps, stop_after)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    try:
-        with adapt(run.model, "causal()"), Progress(*columns, console=console) as bar:
-            task = bar.add_task("training", total=last, completed=run.step)
-            while run.step < last:
-                loss = run.advance(steps, length, tokens)
-                bar.update(task, completed=run.step, description=f"{loss / LN2:.2f} bits")
-                if run.step % save_every == 0:
-                    run.note(bits_per_byte(run.model, length), copied(run.model, length))
-                    run.save(out / CHECKPOINT)
-    except KeyboardInterrupt:
-        run.save(out / CHECKPOINT)
+    model = run.model
+    assert isinstance(model, LlamaForCausalLM)
+
+    def loss_of(step: int) -> Tensor:
+        size = size_at(step / steps, length)
+        rows = batch(seed, step, size, tokens // size)
+        loss: Tensor = model(input_ids=rows, labels=rows).loss
+        return loss
+
+    with adapt(model, "causal()"):
+        reached = run.run(
+            out,
+            loss_of,
+            lambda: {"held_out": bits_per_byte(model, length), "copied": copied(model, length)},
+            steps=steps,
+            last=last,
+            save_every=save_every,
+            say=lambda loss: f"{loss / LN2:.2f} bits",
+            console=console,
+        )
+    if not reached or run.step < steps:
         console.print(f"Stopped after step {run.step}; the same command goes on from there.")
-        raise typer.Exit(130) from None
-    run.save(out / CHECKPOINT)
-    if run.step < steps:
-        console.print(f"Stopped after step {run.step}; the same command goes on from there.")
+        if not reached:
+            raise typer.Exit(130)
         return
-    held = run.export(out, length)
+    held = export(run, out, length)
     console.print(f"Held-out bits per byte at {length} tokens: {held:.4f} (float16 weights). Written to {out}.")
 
 
-class Run:
-    """Model, optimizer, step and curve: all that a checkpoint holds."""
+def start(config: LlamaConfig, *, lr: float, seed: int) -> Training:
+    """A model with random weights, and its optimizers."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config)
+    names = ("hidden_size", "num_hidden_layers", "max_position_embeddings")
+    identity = {"seed": seed} | {name: getattr(config, name) for name in names}
+    return Training(model, model.model.layers, lr=lr, identity=identity)
 
-    def __init__(self, config: LlamaConfig, *, lr: float, seed: int) -> None:
-        torch.manual_seed(seed)
-        self.model = LlamaForCausalLM(config)
-        self.seed, self.lr, self.step = seed, lr, 0
-        self.curve: list[dict[str, float]] = []
-        self.seconds, self._since, self._losses = 0.0, time.monotonic(), []
-        matrices = [p for p in self.model.model.layers.parameters() if p.dim() > 1]
-        others = [p for p in self.model.parameters() if all(p is not matrix for matrix in matrices)]
-        self.optimizers: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=(0.9, 0.95), fused=True),
-        )
 
-    def advance(self, steps: int, length: int, tokens: int) -> float:
-        """One step; the loss of its batch, in nats a byte."""
-        size = size_at(self.step / steps, length)
-        rows = batch(self.seed, self.step, size, tokens // size)
-        self.model.train()
-        loss = self.model(input_ids=rows, labels=rows).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                # Warm-up, plateau, and a straight way down over the last third.
-                group["lr"] = self.lr * min(1.0, (self.step + 1) / 100, (steps - self.step) / (steps / 3))
-            optimizer.step()
-            optimizer.zero_grad()
-        self.step += 1
-        self._losses.append(float(loss.detach()))
-        return self._losses[-1]
-
-    def note(self, held: float, copied: float) -> None:
-        """Add a point to the curve."""
-        now = time.monotonic()
-        self.seconds, self._since = self.seconds + now - self._since, now
-        mean = sum(self._losses) / max(1, len(self._losses)) / LN2
-        self.curve.append({"step": self.step, "train": mean, "held_out": held, "copied": copied})
-        self.curve[-1]["seconds"] = round(self.seconds, 1)
-        self._losses = []
-
-    def save(self, path: Path) -> None:
-        """Write all of it beside the target, then rename: a stop half way leaves the older file whole."""
-        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        for which, optimizer in enumerate(self.optimizers):
-            for number, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{which}.{number}.{name}": value for name, value in state.items()}
-        about = {"step": self.step, "curve": self.curve, "seconds": self.seconds, "losses": self._losses}
-        about |= {"seed": self.seed, "config": self.model.config.to_dict()}
-        part = path.with_suffix(".part")
-        save_file(tensors, part, {"training": json.dumps(about)})
-        os.replace(part, path)
-
-    def load(self, path: Path) -> None:
-        """Take up a checkpoint, or none of it.
-
-        Raises:
-            ValueError: the file is damaged, or of another model or seed.
-        """
-        try:
-            with safe_open(path, "pt") as file:
-                about = json.loads(file.metadata()["training"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"checkpoint {str(path)!r} is damaged ({error}); delete it to begin anew") from None
-        mine, its = self.model.config.to_dict(), about["config"]
-        for what in ("hidden_size", "num_hidden_layers", "max_position_embeddings"):
-            if mine[what] != its[what]:
-                raise ValueError(f"checkpoint {str(path)!r} has {what} {its[what]}, asked for was {mine[what]}")
-        if about["seed"] != self.seed:
-            raise ValueError(f"checkpoint {str(path)!r} has seed {about['seed']}, asked for was {self.seed}")
-        states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
-        for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                _, which, number, key = name.split(".", 3)
-                states[int(which)].setdefault(int(number), {})[key] = value
-        weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(weights[name])
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        self.step, self.curve = about["step"], about["curve"]
-        self.seconds, self._losses = about["seconds"], about["losses"]
-
-    def export(self, out: Path, length: int) -> float:
-        """The folder that `transformers` loads; held-out bits per byte of what it holds."""
-        half = LlamaForCausalLM(self.model.config)
-        half.load_state_dict({name: t.half().float() for name, t in self.model.state_dict().items()})
-        held = bits_per_byte(half, length, pieces=64)
-        half.half().save_pretrained(out)
-        ByT5Tokenizer(extra_ids=0).save_pretrained(out)
-        about: dict[str, Any] = {"held_out_bits_per_byte": held, "length": length, "curve": self.curve}
-        about |= {"seconds": self.seconds, "torch": torch.__version__, "threads": torch.get_num_threads()}
-        (out / "training.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        return held
+def export(run: Training, out: Path, length: int) -> float:
+    """The folder that `transformers` loads; held-out bits per byte of what it holds."""
+    half = LlamaForCausalLM(run.model.config)
+    half.load_state_dict({name: t.half().float() for name, t in run.model.state_dict().items()})
+    held = bits_per_byte(half, length, pieces=64)
+    half.half().save_pretrained(out)
+    ByT5Tokenizer(extra_ids=0).save_pretrained(out)
+    about: dict[str, Any] = {"held_out_bits_per_byte": held, "length": length, "curve": run.curve}
+    about |= {"seconds": run.seconds, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    (out / "training.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return held
 
 
 def size_at(done: float, length: int) -> int:

@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_told_and_left(call, script, tmp_path, damage):
         data = path.read_bytes()
         path.write_bytes(data[: len(data) // 2] if damage == "truncated" else b"nonsense" * 100)
     before = path.read_bytes()
-    run = script["Run"](script["_config"](128, 64, 1), lr=1e-3, seed=0)
+    run = script["start"](script["_config"](128, 64, 1), lr=1e-3, seed=0)
     weights = {name: p.clone() for name, p in run.model.named_parameters()}
     with pytest.raises(ValueError, match="damaged"):
         run.load(path)

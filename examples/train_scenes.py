@@ -1,0 +1,258 @@
+"""Train the small vision-language model that glocal ships, on rendered scenes of shapes on photographs.
+
+    python examples/train_scenes.py --out runs/scenes              # about an hour on two CPU cores
+    python examples/train_scenes.py --out runs/scenes              # again, after a stop: it goes on where it was
+
+A LLaVA of transformers: a CLIP tower that sees 64 patches of 12 x 12 pixels, a projector, a Llama of four layers; 2.5
+million parameters and a vocabulary of some sixty words. It learns to answer whether something is there, of which
+colour, how many, where, and to describe the picture (`glocal.bench.scenes`). Kinds of things have habits: some come
+together often, and a model that looks badly will expect what is not there. Two fifths of the pictures are partly
+black, so that hiding a part of a picture later does not put the model off.
+
+Every ``--save-every`` steps, and on Ctrl-C, ``checkpoint.safetensors`` is replaced as a whole. A run that was stopped
+and resumed ends with the same weights as one that was not. At the end the folder holds what
+``LlavaForConditionalGeneration`` and ``AutoProcessor`` load, weights in float16, and ``training.json`` with the curve.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from glocal.bench.scenes import CELL, SIDE, Question, Scene, ask_all, scenes, vocabulary
+from glocal.bench.training import CHECKPOINT, Training
+
+PAD, END, IMAGE, UNKNOWN = "<pad>", "</s>", "<image>", "<unk>"
+PATCHES = (SIDE // CELL) ** 2
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %} Answer:{% endif %}"
+)
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoint, weights and curve.")],
+    steps: Annotated[int, typer.Option(help="Optimizer steps in all.")] = 4000,
+    pictures: Annotated[int, typer.Option(help="Pictures a step.")] = 48,
+    width: Annotated[int, typer.Option(help="Channels, a multiple of 32.")] = 160,
+    layers: Annotated[int, typer.Option(help="Layers of the tower, and of the language model.")] = 4,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Of the weights and of the data.")] = 0,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    stop_after: Annotated[int | None, typer.Option(help="Stop, resumable, at this step.")] = None,
+) -> None:
+    """Train, or go on with training that was stopped."""
+    console = Console(stderr=True)
+    try:
+        for name, value, least in (("steps", steps, 1), ("pictures", pictures, 1), ("layers", layers, 2)):
+            if value < least:
+                raise ValueError(f"--{name} must be at least {least}; it was {value}")
+        if width < 32 or width % 32:
+            raise ValueError(f"--width must be a multiple of 32; it was {width}")
+        out.mkdir(parents=True, exist_ok=True)
+        run = start(width, layers, lr=lr, seed=seed)
+        if (out / CHECKPOINT).exists():
+            run.load(out / CHECKPOINT)
+            console.print(f"Going on after step {run.step}.")
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+    words, model = tokenizer(), run.model
+
+    def loss_of(step: int) -> Tensor:
+        rows = batch(words, seed, step, pictures, steps)
+        loss: Tensor = model(**rows).loss
+        return loss
+
+    reached = run.run(
+        out,
+        loss_of,
+        lambda: right(model, words, scenes(60, 1, held_out=True)),
+        steps=steps,
+        last=steps if stop_after is None else min(steps, stop_after),
+        save_every=save_every,
+        say=lambda loss: f"{loss:.3f} nats",
+        console=console,
+    )
+    if not reached or run.step < steps:
+        console.print(f"Stopped after step {run.step}; the same command goes on from there.")
+        if not reached:
+            raise typer.Exit(130)
+        return
+    found = export(run, out, words)
+    said = ", ".join(f"{name} {share:.3f}" for name, share in found.items())
+    console.print(f"Right on held-out scenes (float16 weights): {said}. Written to {out}.")
+
+
+def start(width: int, layers: int, *, lr: float, seed: int) -> Training:
+    """A model with random weights, and its optimizers."""
+    torch.manual_seed(seed)
+    words = tokenizer()
+    common: dict[str, Any] = dict(
+        hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, num_attention_heads=width // 32
+    )
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**common, image_size=SIDE, patch_size=CELL, projection_dim=width),
+        text_config=LlamaConfig(
+            **common,
+            vocab_size=len(words),
+            num_key_value_heads=width // 32,
+            max_position_embeddings=256,
+            pad_token_id=words.pad_token_id,
+            eos_token_id=words.eos_token_id,
+            bos_token_id=None,
+            tie_word_embeddings=True,
+        ),
+        image_token_index=words.convert_tokens_to_ids(IMAGE),
+        image_seq_length=PATCHES,
+        vision_feature_layer=-1,
+        tie_word_embeddings=True,
+    )
+    model = LlavaForConditionalGeneration(config)
+    blocks = [model.model.vision_tower.encoder.layers, model.model.language_model.layers]
+    return Training(model, blocks, lr=lr, identity={"seed": seed, "width": width, "layers": layers})
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words and signs of the questions, in lower case."""
+    table = {word: n for n, word in enumerate((PAD, END, IMAGE, UNKNOWN, *vocabulary()))}
+    core = Tokenizer(models.WordLevel(table, unk_token=UNKNOWN))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        additional_special_tokens=[IMAGE],
+        padding_side="left",
+    )
+
+
+def processor(words: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """What reads pictures and text for the model."""
+    pictures = CLIPImageProcessor(
+        size={"height": SIDE, "width": SIDE}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=words,
+        patch_size=CELL,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=IMAGE,
+        chat_template=TEMPLATE,
+    )
+
+
+def batch(words: PreTrainedTokenizerFast, seed: int, step: int, count: int, steps: int) -> dict[str, Tensor]:
+    """What a step sees: it depends on seed and step only, so that a resumed run sees it too.
+
+    All questions on a picture stand one after the other behind it; the loss is of the answers. Pictures of the first
+    sixth of the steps are clear.
+    """
+    clear = step < steps // 6
+    seen = scenes(
+        count,
+        seed * 1_000_003 + step,
+        things=(1, 3) if clear else (1, 5),
+        noise=0.0 if clear else (0.0, 40.0),
+        opacity=1.0 if clear else (0.5, 1.0),
+        black=0.2 if clear else 0.4,
+    )
+    draw = random.Random(seed * 1_000_003 + step)
+    rows = [_row(words, ask_all(scene, draw)) for scene in seen]
+    length = max(len(ids) for ids, _ in rows)
+    pad = words.pad_token_id
+    return {
+        "input_ids": torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in rows]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in rows]),
+        "labels": torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows]),
+        "pixel_values": pixels(seen),
+    }
+
+
+def _row(words: PreTrainedTokenizerFast, questions: Sequence[Question]) -> tuple[list[int], list[int]]:
+    ids = [words.convert_tokens_to_ids(IMAGE)] * PATCHES
+    labels = [-100] * PATCHES
+    for question in questions:
+        asked = words(f"{question.text} Answer:", add_special_tokens=False)["input_ids"]
+        answer = [*words(question.answer, add_special_tokens=False)["input_ids"], words.eos_token_id]
+        ids += asked + answer
+        labels += [-100] * len(asked) + answer
+    return ids, labels
+
+
+def pixels(seen: Sequence[Scene]) -> Tensor:
+    """What the processor makes of pictures of the right size, ``(B, 3, SIDE, SIDE)``."""
+    stacked = torch.stack([torch.from_numpy(scene.pixels.copy()) for scene in seen])
+    return (stacked.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
+
+
+@torch.no_grad()
+def right(
+    model: LlavaForConditionalGeneration, words: PreTrainedTokenizerFast, seen: Sequence[Scene]
+) -> dict[str, float]:
+    """Share of right answers to each sort of question, all words of it."""
+    model.eval()
+    draw = random.Random(0)
+    asked = [(n, question) for n, scene in enumerate(seen) for question in ask_all(scene, draw)]
+    images = pixels(seen)
+    counts: dict[str, list[bool]] = {}
+    for at in range(0, len(asked), 64):
+        some = asked[at : at + 64]
+        texts = [f"{IMAGE * PATCHES}{question.text} Answer:" for _, question in some]
+        inputs = words(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        said = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            pixel_values=images[[n for n, _ in some]],
+            max_new_tokens=32,
+            do_sample=False,
+        )
+        for (_, question), ids in zip(some, said[:, inputs["input_ids"].shape[1] :], strict=True):
+            text = words.decode(ids, skip_special_tokens=True)
+            counts.setdefault(question.about, []).append(_parts(text) == _parts(question.answer))
+    return {name: sum(found) / len(found) for name, found in sorted(counts.items())}
+
+
+def _parts(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def export(run: Training, out: Path, words: PreTrainedTokenizerFast) -> dict[str, float]:
+    """The folder that `transformers` loads; the share of right answers of what it holds."""
+    model = run.model
+    half = LlavaForConditionalGeneration(model.config)
+    half.load_state_dict({name: t.half().float() for name, t in model.state_dict().items()})
+    found = right(half, words, scenes(300, 2, held_out=True))
+    half.half().save_pretrained(out)
+    processor(words).save_pretrained(out)
+    about = {"right": found, "curve": run.curve, "seconds": run.seconds}
+    about |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    (out / "training.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+if __name__ == "__main__":
+    typer.run(train)
