@@ -7,12 +7,14 @@ import typer
 from glocal.cli.compare import compare
 from glocal.cli.papers import papers
 from glocal.cli.show import show
+from glocal.cli.steer import steer
 
 app = typer.Typer(
-    help="Local-global attention: see patterns, compare them on a pretrained model, browse the catalogue.",
+    help="Local-global attention: see patterns, compare them on a pretrained model, steer one, browse the catalogue.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 app.command("show")(show)
 app.command("compare")(compare)
+app.command("steer")(steer)
 app.command("papers")(papers)

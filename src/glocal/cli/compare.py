@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table as RichTable
 
 from glocal.bench.jobs import Job, choose
 from glocal.bench.run import Interrupted
-from glocal.bench.table import Table
-
-_TEXT = ("pattern", "attention", "computed by")
+from glocal.cli.output import print_table, progress, writable, write
 
 
 def compare(
@@ -71,7 +65,7 @@ def compare(
         if threads is not None and threads < 1:
             raise ValueError(f"--threads must be at least 1; it was {threads}")
         for option, path in (("--report", report), ("--json", json_file)):
-            _writable(option, path)
+            writable(option, path)
         job = choose(model)
         settings = job.settings(
             input=input,
@@ -82,7 +76,7 @@ def compare(
             **({"model": model} if model is not None else {}),
             **_policies(job, cache),
         )
-        with _threads(threads), _progress(errors) as step:
+        with _threads(threads), progress(errors) as step:
             result = job.measure(settings, step)
     except Interrupted as stop:
         _print(job, stop.partial)
@@ -95,9 +89,9 @@ def compare(
     if json_file is not None:
         tables = [{"header": t.header, "rows": t.rows} for t in job.tables(result)]
         data = result.to_dict() | {"headline": job.headline(result), "tables": tables}
-        _write(json_file, json.dumps(data, indent=1) + "\n")
+        write(json_file, json.dumps(data, indent=1) + "\n")
     if report is not None:
-        _write(report, job.render(result))
+        write(report, job.render(result))
         errors.print(f"Report: {escape(str(report))}")
 
 
@@ -115,29 +109,9 @@ def _print(job: Job, result: Any) -> None:
     console = Console() if Console().is_terminal else Console(width=160)
     for table in job.tables(result):
         if table.rows:
-            _print_table(console, table)
+            print_table(console, table)
     if result.rows:
         console.print(escape(job.headline(result)), soft_wrap=True)
-
-
-def _print_table(console: Console, table: Table) -> None:
-    shown = RichTable(title=escape(table.title), title_justify="left")
-    for name in table.header:
-        long = name in ("pattern", "attention")
-        side: Literal["left", "right"] = "left" if name in _TEXT else "right"
-        shown.add_column(escape(name), justify=side, no_wrap=not long, overflow="fold")
-    for n, row in enumerate(table.rows):
-        last = n + 1 == len(table.rows) or (table.header[0] == "length" and table.rows[n + 1][0] != row[0])
-        shown.add_row(*map(escape, row), end_section=last)
-    console.print(shown)
-
-
-@contextlib.contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 @contextlib.contextmanager
@@ -158,24 +132,3 @@ def _lengths(value: str | None) -> tuple[int, ...]:
         return tuple(int(part) for part in value.split(",")) if value is not None else ()
     except ValueError:
         raise ValueError(f"--lengths must be numbers parted by commas, e.g. 512,2048; it was {value!r}") from None
-
-
-def _writable(option: str, path: Path | None) -> None:
-    """Complain about a path before minutes of work, not after."""
-    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-        raise ValueError(f"{option} {str(path)!r} cannot be written: its folder must exist and be writable")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write beside the target, then rename: a run that stops half way leaves an older file whole."""
-    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

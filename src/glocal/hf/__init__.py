@@ -5,7 +5,14 @@ from glocal.hf.adapt import Adapted, adapt, readapt
 from glocal.hf.attention import attention
 from glocal.hf.mass import KeptMass, recorded
 from glocal.hf.mechanism import MECHANISMS, Mechanism
-from glocal.hf.pretrained import byte_llama, byte_llama_folder, load_causal
+from glocal.hf.pretrained import (
+    byte_llama,
+    byte_llama_folder,
+    load_causal,
+    load_vision_language,
+    scenes_llava,
+    scenes_llava_folder,
+)
 from glocal.hf.tuning import tune
 
 __all__ = [
@@ -19,7 +26,10 @@ __all__ = [
     "byte_llama_folder",
     "cache",
     "load_causal",
+    "load_vision_language",
     "readapt",
     "recorded",
+    "scenes_llava",
+    "scenes_llava_folder",
     "tune",
 ]

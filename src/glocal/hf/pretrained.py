@@ -1,4 +1,4 @@
-"""Pretrained models from a folder, checked before use; and the small one that glocal ships."""
+"""Pretrained models from a folder, checked before use; and the small ones that glocal ships."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["byte_llama", "byte_llama_folder", "load_causal"]
+__all__ = [
+    "byte_llama",
+    "byte_llama_folder",
+    "load_causal",
+    "load_vision_language",
+    "scenes_llava",
+    "scenes_llava_folder",
+]
 
 
 def byte_llama_folder() -> Path:
@@ -36,6 +43,28 @@ def byte_llama() -> Any:
     return load_causal(byte_llama_folder())
 
 
+def scenes_llava_folder() -> Path:
+    """Where the shipped vision-language model lies.
+
+    >>> scenes_llava_folder().name
+    'scenes_llava'
+    """
+    return Path(__file__).parent / "scenes_llava"
+
+
+def scenes_llava() -> tuple[Any, Any]:
+    """The shipped vision-language model and its processor: a LLaVA that answers questions on rendered scenes.
+
+    2.5 million parameters, pictures of 96 x 96 pixels in 64 tokens, a vocabulary of some sixty words. Trained by
+    ``examples/train_scenes.py``; ``training.json`` in its folder holds the curve. A prompt is
+    ``"<image> Is there a red square? Answer:"``, or what the processor's chat template makes of a message.
+
+    Returns:
+        A ``LlavaForConditionalGeneration`` in float32, in evaluation mode, and a ``LlavaProcessor``.
+    """
+    return load_vision_language(scenes_llava_folder())
+
+
 def load_causal(folder: str | Path) -> Any:
     """A causal language model of transformers from a local folder, in float32 and evaluation mode.
 
@@ -47,16 +76,38 @@ def load_causal(folder: str | Path) -> Any:
     Raises:
         ValueError: it is no such folder, the model is no causal one, or the weights are damaged or incomplete.
     """
+    from transformers import AutoModelForCausalLM
+
+    return _load(Path(folder), AutoModelForCausalLM, "causal language model")
+
+
+def load_vision_language(folder: str | Path) -> tuple[Any, Any]:
+    """A vision-language model of transformers and its processor, from a local folder; else as `load_causal`.
+
+    Raises:
+        ValueError: as there; or a folder without a processor that can be loaded here.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
     folder = Path(folder)
+    model = _load(folder, AutoModelForImageTextToText, "vision-language model")
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"{str(folder)!r} has no processor that can be loaded: {error}") from None
+    if not hasattr(processor, "tokenizer"):
+        raise ValueError(f"{str(folder)!r} has no processor of pictures and text, only a {type(processor).__name__}")
+    return model, processor
+
+
+def _load(folder: Path, loader: Any, what: str) -> Any:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(folder)!r} has no readable config.json: {error}") from None
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
-    loader: Any = AutoModelForCausalLM
     try:
         model, info = loader.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
@@ -65,7 +116,7 @@ def load_causal(folder: str | Path) -> Any:
         raise ValueError(f"the weights in {str(folder)!r} are damaged: {error}") from None
     except (OSError, ValueError) as error:
         kind = config.get("model_type", "unknown")
-        raise ValueError(f"{str(folder)!r} is no causal language model that can be loaded ({kind}): {error}") from None
+        raise ValueError(f"{str(folder)!r} is no {what} that can be loaded ({kind}): {error}") from None
     lacking = [*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]
     if lacking:
         raise ValueError(f"the weights in {str(folder)!r} are incomplete: {lacking[0]} and {len(lacking) - 1} more")
