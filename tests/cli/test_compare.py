@@ -8,7 +8,7 @@ from markupsafe import escape
 from typer.testing import CliRunner
 
 from glocal.bench import Interrupted, jobs
-from glocal.cli import compare as command
+from glocal.cli import output
 from glocal.cli.app import app
 from tests.bench import tiny
 
@@ -108,13 +108,13 @@ def test_interrupted(monkeypatch, tmp_path):
 
 def test_writing_is_all_or_nothing(monkeypatch, tmp_path):
     path = tmp_path / "report.html"
-    command._write(path, "new")
+    output.write(path, "new")
     assert path.read_text() == "new"
 
     def fail(*_):
         raise OSError("no")
 
-    monkeypatch.setattr(command.os, "replace", fail)
+    monkeypatch.setattr(output.os, "replace", fail)
     with pytest.raises(OSError, match="no"):
-        command._write(path, "newer")
+        output.write(path, "newer")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
