@@ -16,16 +16,8 @@ from transformers.loss.loss_for_object_detection import box_iou
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from glocal.steer.tracker import (
-    VPTracker,
-    ask_with,
-    iou,
-    jitter,
-    normalised_precision,
-    precision,
-    seen_size,
-    success_auc,
-)
+from glocal.bench.tracking import iou, normalised_precision, precision, success_auc
+from glocal.steer.tracker import VPTracker, ask_with, jitter, seen_size
 from tests.steer import models
 
 SIZE = (120, 90)
