@@ -82,10 +82,10 @@ def negatives(scenes: Sequence[Scene], how: str, count: int, seed: int = 0) -> l
         absent = [kind for kind in KINDS if kind not in scene.kinds()]
         draw.shuffle(absent)  # kinds that are alike in number come in no order
         if how == "popular":
-            absent.sort(key=lambda kind: -often[kind])
+            absent.sort(key=often.__getitem__, reverse=True)
         elif how == "adversarial":
-            near = sum((beside[kind] for kind in scene.kinds()), Counter())
-            absent.sort(key=lambda kind, near=near: -near[kind])
+            near: Counter[Kind] = sum((beside[kind] for kind in scene.kinds()), Counter())
+            absent.sort(key=near.__getitem__, reverse=True)
         found.append(absent[:count])
     return found
 

@@ -171,11 +171,11 @@ def _scene(
     sigma = _within(noise, draw)
     if sigma > 0:
         pixels = pixels + np.random.default_rng(draw.getrandbits(32)).normal(0, sigma, pixels.shape)
-    pixels = pixels.clip(0, 255).astype(np.uint8)
+    shown_pixels = pixels.clip(0, 255).astype(np.uint8)
     if draw.random() < black:
-        pixels, found = _blacked(pixels, found, draw)
+        shown_pixels, found = _blacked(shown_pixels, found, draw)
     found.sort(key=lambda thing: thing.centre)
-    return Scene(pixels, tuple(found))
+    return Scene(shown_pixels, tuple(found))
 
 
 def _within(value: float | tuple[float, float], draw: random.Random) -> float:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from glocal.bench.report import colored, page
-from glocal.bench.steered import Asked, Evaluation, Vlm, ask_both, example, views_of
+from glocal.bench.steered import Asked, Evaluation, ask_both, example, views_of
 from glocal.bench.steered_table import caption_table, headline, poll_table, refusals
+from glocal.bench.vlm import Vlm
 
 __all__ = ["pictured", "png", "render"]
 

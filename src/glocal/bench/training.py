@@ -46,7 +46,8 @@ class Training:
         )
         self.step = 0
         self.curve: list[dict[str, float]] = []
-        self.seconds, self._since, self._losses = 0.0, time.monotonic(), []
+        self.seconds, self._since = 0.0, time.monotonic()
+        self._losses: list[float] = []
 
     def advance(self, loss_of: Callable[[int], Tensor], steps: int) -> float:
         """One step of ``steps``: ``loss_of(step)`` is its loss, which is returned."""

@@ -33,7 +33,7 @@ def pixel_map(values: Map, size: tuple[int, int], blur: float = 0.02) -> Map:
         ValueError: values that are no map, or not finite.
     """
     from scipy.ndimage import gaussian_filter
-    from skimage.transform import resize
+    from skimage import transform
 
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2 or not values.size:
@@ -43,7 +43,8 @@ def pixel_map(values: Map, size: tuple[int, int], blur: float = 0.02) -> Map:
     if values.max() <= values.min():
         return np.ones(size)
     # Mirrored at the border, so that what stands there does not fade.
-    large = resize(unit(values), size, order=3, mode="symmetric", anti_aliasing=False)
+    enlarge: Any = transform.resize
+    large = enlarge(unit(values), size, order=3, mode="symmetric", anti_aliasing=False)
     return unit(gaussian_filter(large, blur * max(size)))
 
 

@@ -411,11 +411,12 @@ def _pool(out: Any, real: Tensor | None, how: str, name: str) -> Tensor:
         return found
     if states is None or states.ndim != 3:
         raise TypeError(f"model must be an encoder with final states (B, T, C); {name} gave none")
+    wide: Tensor = states
     if how == "first":
-        return states[:, 0]
+        return wide[:, 0]
     if real is None:
-        return states.mean(1)
-    return (states * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+        return wide.mean(1)
+    return (wide * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
 
 
 def _shown(steps: int | Iterable[Any], progress: bool) -> Iterator[Any]:

@@ -54,7 +54,7 @@ def language_layers(model: nn.Module) -> dict[str, nn.Module]:
 class Steering:
     """What is in a model now; use the methods, not this."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.methods: list[Hooks] = []
         self.run: Run | None = None
@@ -65,10 +65,10 @@ class Steering:
         self._language = _smallest(model, layers)
         # BLIP-2 and InstructBLIP let their language model generate by itself.
         inner = getattr(model, "language_model", None)
-        self._speaker = inner if hasattr(inner, "generate") else model
+        self._speaker: Any = inner if hasattr(inner, "generate") else model
         self.generate: Callable[..., Any] = getattr(model, "generate", _cannot)
         # Renamed in transformers 5.
-        names = inspect.signature(type(self._speaker).forward).parameters
+        names = inspect.signature(self._speaker.forward).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"
         self.speak: Callable[..., Any] = getattr(self._speaker, "generate", _cannot)
         self._installed: Installed | None = None

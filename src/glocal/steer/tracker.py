@@ -220,7 +220,8 @@ class VPTracker:
             for image in shown.track(frames, description="tracking") if progress else frames:
                 if template is None:
                     template = self.template(image, box)
-                    found, said = _inside(box, image.size), ""
+                    first: Box | None = _inside(box, image.size)
+                    found, said = first, ""
                 else:
                     said = ask(template, self.search(image, track.boxes[-1]), text)
                     found = self.parse(said, image.size)
