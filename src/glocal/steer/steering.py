@@ -64,7 +64,7 @@ class Steering:
         self.modules = {id(m): n for n, m in enumerate(layers.values())}
         self._language = _smallest(model, layers)
         # BLIP-2 and InstructBLIP let their language model generate by itself.
-        inner = getattr(model, "language_model", None)
+        inner: Any = getattr(model, "language_model", model)
         self._speaker: Any = inner if hasattr(inner, "generate") else model
         self.generate: Callable[..., Any] = getattr(model, "generate", _cannot)
         # Renamed in transformers 5.
