@@ -32,6 +32,7 @@ LADDER = (
     "sliding(63, 0)",
     "strided(8) | sliding(127, 0)",
     "moba(block_size=64, top_k=4)",
+    "far_heads(share=0.125, near='sliding(255, 0) | sinks(4)')",
 )
 CACHES = (
     "window(window=508, sinks=4)",
@@ -118,7 +119,7 @@ class Row:
     """One way to attend. None, or an empty tuple, is what was not measured, or cannot be.
 
     Args:
-        kind: ``"full"``, ``"pattern"``, ``"mechanism"`` or ``"cache"``.
+        kind: ``"full"``, ``"pattern"``, ``"heads"``, ``"mechanism"`` or ``"cache"``.
         text: the pattern's, the mechanism's, or the policy's.
         read: keys that the last token of the context reads over all that came so far, mean over heads and layers.
         bytes: of the cache at the end of the context, for one sequence.
@@ -193,6 +194,8 @@ def compare(settings: Settings, step: Step = lambda what, done, total: None) -> 
         raise ValueError(f"lengths: {decoder.name} reads up to {decoder.max_tokens} tokens; one was {sizes[-1]}")
     for way in ways[1:]:
         _fits(decoder, way, sizes)
+    step("choosing heads", 0, 1)
+    ways = [way.fitted(decoder, sizes[-1]) for way in ways]
     step("reading text", 0, 1)
     text = models.text(decoder, settings.input, settings.count(), sizes[-1])
     texts = 2 if settings.quick else 3
@@ -227,6 +230,8 @@ def compare(settings: Settings, step: Step = lambda what, done, total: None) -> 
 
 def _attention(text: str) -> Way:
     try:
+        if text.strip().startswith(f"{models.FAR_HEADS}("):
+            return Way.heads(text)
         if Mechanism.names(text):
             return Way("mechanism", str(Mechanism.parse(text)))
         pattern = parse(text)
@@ -239,6 +244,9 @@ def _fits(decoder: Decoder, way: Way, sizes: tuple[int, ...]) -> None:
     """Complain before any work about what the model or the lengths do not allow."""
     option = "cache" if way.kind == "cache" else "where"
     try:
+        if way.kind == "heads":
+            way.fitted(decoder, sizes[0])
+            return
         with way.on(decoder.model) as new_cache:
             new_cache()
         if way.kind == "pattern":
@@ -312,7 +320,7 @@ def _used(decoder: Decoder, way: Way, ids: Tensor, new_cache: Callable[[], Any])
     if frames:
         read = sum(counts) / len(frames) / ids.shape[1]
     else:
-        read = _share(decoder.model, Full() if way.kind == "full" else parse(way.text), ids.shape[1])
+        read = _share(decoder.model, way, ids.shape[1])
     return read, models.held(cache)
 
 
@@ -336,10 +344,12 @@ def _counted(frames: list[Attention]) -> Iterator[list[float]]:
             vars(frame).pop("attend", None)
 
 
-def _share(model: Any, where: Pattern, length: int) -> float:
+def _share(model: Any, way: Way, length: int) -> float:
     """The same for a pattern: keys of the last of ``length`` tokens, mean over heads and layers."""
-    shares = []
-    for module in attention_modules(model).values():
+    shares, modules = [], list(attention_modules(model).values())
+    same: Pattern = parse(way.text) if way.kind == "pattern" else Full()
+    wheres = way.settings["where"] if way.kind == "heads" else [same] * len(modules)
+    for module, where in zip(modules, wheres, strict=True):
         own = own_window(module)
         seen = where & (Causal() if own is None else Sliding(own - 1, 0))
         shares.append(float(seen.rows(torch.tensor([length - 1]), (length,), (length,)).double().mean()))

@@ -60,7 +60,7 @@ def _read(result: Comparison) -> _Chart | None:
 
 
 def _held(result: Comparison) -> _Chart | None:
-    rows = [row for row in result.rows if row.kind != "pattern"]
+    rows = [row for row in result.rows if row.kind not in ("pattern", "heads")]
     note = "A pattern alone, decoding with the model's own cache, holds all of it and is left out."
     return _chart(
         result, "Bits against cache", note, "cache of one sequence", lambda r: r.bytes / 2**20, _mebibytes, rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache as remembered
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from glocal.bench import folder as folder_of
 from glocal.bench.corpus import SHIFT, python_source
-from glocal.hf import adapt, byte_llama_folder, cache, load_causal
+from glocal.hf import adapt, byte_llama_folder, cache, far_heads, load_causal
 from glocal.hf.mechanism import parse_call
+from glocal.patterns import parse
 
 __all__ = [
     "BYTES",
+    "FAR_HEADS",
     "POLICIES",
     "Decoder",
     "Text",
@@ -47,6 +49,8 @@ POLICIES: dict[str, type[cache.PolicyCache]] = {
     "moba": cache.BlocksCache,
     "cca": cache.CoreContextCache,
 }
+FAR_HEADS = "far_heads"
+"""How the text of a parting by heads begins: ``far_heads(share=0.125, near='sliding(255, 0) | sinks(4)')``."""
 _TOKENS = 16384  # of a batch
 _LOGITS = 1 << 26  # numbers of a batch's logits
 
@@ -91,10 +95,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to attend: ``kind`` is ``"full"``, ``"pattern"``, ``"mechanism"`` or ``"cache"``, ``text`` says which.
+    """A way to attend: ``kind`` is ``"full"``, ``"pattern"``, ``"heads"``, ``"mechanism"`` or ``"cache"``.
 
-    Full attention is the model as it comes, with transformers' own cache. A pattern decodes with that cache too, a
-    mechanism with its own; a cache policy reads the prompt in full, or as its class in `glocal.hf.cache` says.
+    Full attention is the model as it comes, with transformers' own cache. A pattern decodes with that cache too, also
+    one by heads, which `fitted` chooses; a mechanism with its own; a cache policy reads the prompt in full, or as its
+    class in `glocal.hf.cache` says. ``text`` says which.
     """
 
     kind: str
@@ -109,11 +114,38 @@ class Way:
         if self.kind == "full":
             yield partial(DynamicCache, config=model.config)
             return
-        with adapt(model, "full()" if self.kind == "cache" else self.text) as handle:
+        where = self.settings["where"] if self.kind == "heads" else "full()" if self.kind == "cache" else self.text
+        with adapt(model, where) as handle:
             if self.kind == "cache":
                 yield partial(POLICIES[parse_call(self.text)[0]], model, **self.settings)
             else:
                 yield handle.cache if self.kind == "mechanism" else partial(DynamicCache, config=model.config)
+
+    @classmethod
+    def heads(cls, text: str) -> Way:
+        """Of the text of a parting by heads.
+
+        Raises:
+            ValueError: other settings than ``share`` and ``near``, or a pattern that does not parse.
+
+        >>> Way.heads("far_heads(share=0.25,near='sliding(63, 0)')").text
+        "far_heads(share=0.25, near='sliding(63, 0)')"
+        """
+        settings = parse_call(text)[1]
+        if sorted(settings) != ["near", "share"] or not isinstance(settings["share"], int | float):
+            raise ValueError(f"{FAR_HEADS} needs share and near, e.g. {FAR_HEADS}(share=0.125, near='sliding(255, 0)')")
+        near = repr(parse(str(settings["near"])))
+        return cls("heads", f"{FAR_HEADS}(share={settings['share']}, near={near!r})", settings)
+
+    def fitted(self, decoder: Decoder, length: int) -> Way:
+        """The same way, with the heads chosen on pieces of ``length`` tokens that no comparison is made on."""
+        if self.kind != "heads":
+            return self
+        ids = _rows(decoder, bytes(python_source().tolist()), 8, length)
+        where = far_heads(
+            decoder.model, {"input_ids": torch.tensor(ids)}, str(self.settings["near"]), self.settings["share"]
+        )
+        return replace(self, settings=self.settings | {"where": where})
 
     @classmethod
     def policy(cls, text: str) -> Way:
@@ -195,6 +227,17 @@ def text(decoder: Decoder, input: str | Path | None, count: int, length: int) ->
             raise ValueError(f"input {str(input)!r} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:
             raise ValueError(f"input {str(input)!r} is not UTF-8 text") from None
+    rows = _rows(decoder, raw, count, length)
+    if not rows:
+        raise ValueError(
+            f"{source}: not enough text for a piece of {length} tokens; give a longer one or less --lengths"
+        )
+    sizes = [_sizes(decoder, row) for row in rows]
+    return Text(source, torch.tensor(rows), torch.tensor(sizes))
+
+
+def _rows(decoder: Decoder, raw: bytes, count: int, length: int) -> list[list[int]]:
+    """Tokens of up to ``count`` pieces of a text, spread evenly; none where there is not enough."""
     first = [] if decoder.start is None else [decoder.start]
     room = length - len(first)
     span = room if decoder.bytewise else min(len(raw), room * 8)  # few tokens are longer than that
@@ -208,12 +251,7 @@ def text(decoder: Decoder, input: str | Path | None, count: int, length: int) ->
             ids = decoder.ids(raw[at : at + span].decode(errors="ignore"))[:room]
         if len(ids) == room:
             rows.append(first + ids)
-    if not rows:
-        raise ValueError(
-            f"{source}: not enough text for a piece of {length} tokens; give a longer one or less --lengths"
-        )
-    sizes = [_sizes(decoder, row) for row in rows]
-    return Text(source, torch.tensor(rows), torch.tensor(sizes))
+    return rows
 
 
 def _sizes(decoder: Decoder, row: list[int]) -> list[int]:

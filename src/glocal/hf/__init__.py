@@ -3,6 +3,7 @@
 from glocal.hf import cache
 from glocal.hf.adapt import Adapted, adapt, readapt
 from glocal.hf.attention import attention
+from glocal.hf.far import far_heads
 from glocal.hf.mass import KeptMass, recorded
 from glocal.hf.mechanism import MECHANISMS, Mechanism
 from glocal.hf.pretrained import (
@@ -25,6 +26,7 @@ __all__ = [
     "byte_llama",
     "byte_llama_folder",
     "cache",
+    "far_heads",
     "load_causal",
     "load_vision_language",
     "readapt",
