@@ -1,0 +1,185 @@
+"""The recipe of the vision-language model: what it sees and is asked, what it writes; and a stop changes nothing."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from typer import Typer
+from typer.testing import CliRunner
+
+from glocal.bench.scenes import COLOURS, SHAPES, Question, scenes
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_scenes.py"
+SMALL = ("--pictures", 2, "--width", 32, "--layers", 2, "--save-every", 2)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The script as a module, which measures on six scenes instead of hundreds."""
+    about = importlib.util.spec_from_file_location("train_scenes", SCRIPT)
+    module = importlib.util.module_from_spec(about)
+    monkeypatch.setitem(sys.modules, "train_scenes", module)
+    about.loader.exec_module(module)
+    right = module.right
+    monkeypatch.setattr(module, "right", lambda model, words, seen: right(model, words, seen[:6]))
+    return module
+
+
+@pytest.fixture
+def call(script):
+    app = Typer()
+    app.command()(script.train)
+    return lambda *options: CliRunner().invoke(app, [str(option) for option in options])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_resumed_run_ends_with_the_same_weights(call, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert call("--out", whole, "--steps", 6, *SMALL).exit_code == 0
+    stopped = call("--out", parts, "--steps", 6, "--stop-after", 3, *SMALL)
+    assert stopped.exit_code == 0 and not (parts / "model.safetensors").exists()
+    assert call("--out", parts, "--steps", 6, *SMALL).exit_code == 0
+    one, other = (load_file(folder / "model.safetensors") for folder in (whole, parts))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    curve = json.loads((parts / "training.json").read_text())["curve"]
+    assert [point["step"] for point in curve] == [2, 4, 6]
+    assert {"presence", "colour", "count", "position", "caption", "loss"} <= set(curve[0])
+
+
+def test_what_it_writes_is_a_model_of_transformers(call, script, tmp_path):
+    result = call("--out", tmp_path, "--steps", 60, *SMALL, "--pictures", 6, "--lr", 0.02, "--save-every", 60)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(processor, LlavaProcessor) and processor.tokenizer.padding_side == "left"
+    # The shares that it prints, one question at a time through the processor.
+    draw, counts = script.random.Random(0), {}
+    for scene in scenes(6, 2, held_out=True):
+        for question in script.ask_all(scene, draw):
+            inputs = processor(images=scene.image(), text=f"<image> {question.text} Answer:", return_tensors="pt")
+            said = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            text = processor.decode(said, skip_special_tokens=True)
+            counts.setdefault(question.about, []).append(text.split() == question.answer.replace(",", " ,").split())
+    assert 0 < sum(map(sum, counts.values())) < sum(map(len, counts.values()))
+    for name, found in counts.items():
+        said = float(re.search(rf"{name} (\d\.\d+)", " ".join(result.output.split()))[1])
+        assert said == pytest.approx(sum(found) / len(found), abs=1e-3)
+        assert json.loads((tmp_path / "training.json").read_text())["right"][name] == pytest.approx(said, abs=1e-3)
+
+
+def test_the_processor_makes_what_was_trained_on(script):
+    words = script.tokenizer()
+    processor = script.processor(words)
+    (scene,) = scenes(1, 3)
+    question = Question("Is there a red square?", "yes", "presence")
+    inputs = processor(images=scene.image(), text=f"<image> {question.text} Answer:", return_tensors="pt")
+    ids, labels = script._row(words, [question])
+    assert inputs["input_ids"][0].tolist() == ids[:-2] and labels[-2:] == ids[-2:]
+    assert torch.allclose(inputs["pixel_values"], script.pixels([scene]), atol=1e-5)
+    content = [{"type": "image"}, {"type": "text", "text": question.text}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    assert words(prompt)["input_ids"] == words(f"<image> {question.text} Answer:")["input_ids"]
+
+
+def test_the_loss_is_of_the_answers(script):
+    words = script.tokenizer()
+    rows = script.batch(words, 0, 900, 4, 1000)
+    ids, labels, seen = rows["input_ids"], rows["labels"], rows["attention_mask"].bool()
+    assert (labels[~seen] == -100).all() and (ids[~seen] == words.pad_token_id).all()
+    assert (ids == words.convert_tokens_to_ids("<image>")).sum(1).tolist() == [64] * 4
+    known = {"yes", "no", "top", "bottom", "left", "right", "nothing", "a", "and", ",", "</s>", *map(str, range(9))}
+    for row, label in zip(ids, labels, strict=True):
+        kept = label >= 0
+        assert torch.equal(row[kept], label[kept])
+        assert set(words.convert_ids_to_tokens(row[kept].tolist())) <= known | set(COLOURS) | set(SHAPES)
+        # An answer stands right behind each "Answer:", and goes on to its end.
+        tokens = words.convert_ids_to_tokens(row.tolist())
+        text = " ".join(f"[{t}]" if k else t for t, k in zip(tokens, kept.tolist(), strict=True))
+        asked = re.findall(r"answer : (\[.*?\]) (?!\[)", text + " ")
+        assert len(asked) == tokens.count("answer") and all(part.endswith("[</s>]") for part in asked)
+
+
+def test_pictures_depend_on_seed_and_step_only_and_get_harder(script):
+    words = script.tokenizer()
+    one, other = script.batch(words, 0, 7, 4, 100), script.batch(words, 0, 7, 4, 100)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    for seed, step in ((1, 7), (0, 8)):
+        assert not torch.equal(one["pixel_values"], script.batch(words, seed, step, 4, 100)["pixel_values"])
+
+    def grain(step):
+        """Mean difference of neighbours, and the share of pictures of which a tenth or more is black."""
+        seen = script.batch(words, 0, step, 60, 100)["pixel_values"]
+        black = ((seen == -1).all(1).flatten(1).float().mean(1) > 0.1).float().mean()
+        return (seen[..., 1:] - seen[..., :-1]).abs().mean(), black
+
+    (clear, some), (noisy, more) = grain(2), grain(60)
+    assert noisy > 1.5 * clear and 0 < some < more
+    assert 0.2 < more < 0.65
+
+
+def test_right_answers_by_hand(script):
+    """An oracle that errs in each colour question alone."""
+    words = script.tokenizer()
+    seen = scenes(3, 4, held_out=True)
+    draw = script.random.Random(0)
+    asked = [question for scene in seen for question in script.ask_all(scene, draw)]
+
+    class Oracle:
+        at = 0
+
+        def eval(self):
+            pass
+
+        def generate(self, input_ids, **_):
+            some, self.at = asked[self.at : self.at + len(input_ids)], self.at + len(input_ids)
+            said = [words("seen" if q.about == "colour" else q.answer)["input_ids"] + [1] for q in some]
+            length = max(map(len, said))
+            return torch.cat([input_ids, torch.tensor([ids + [0] * (length - len(ids)) for ids in said])], 1)
+
+    found = script.right(Oracle(), words, seen)
+    assert found.pop("colour") == 0.0 and set(found.values()) == {1.0} and len(found) == 4
+
+
+def test_it_learns_what_it_is_shown(script):
+    words = script.tokenizer()
+    run = script.start(64, 2, lr=3e-3, seed=0)
+    rows = script.batch(words, 0, 0, 2, 1000)
+    losses = [run.advance(lambda step: run.model(**rows).loss, 1000) for _ in range(150)]
+    assert losses[-1] < 0.3 < 3 < losses[0]
+    # All of it takes part, but for what pools the class token.
+    run.model(**rows).loss.backward()
+    still = {name for name, p in run.model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert all("post_layernorm" in name for name in still)
+
+
+def test_another_run_s_or_a_damaged_checkpoint_is_refused(call, tmp_path):
+    call("--out", tmp_path, "--steps", 6, "--stop-after", 1, *SMALL)
+    for option, value, word in (("--width", 64, "width"), ("--layers", 3, "layers"), ("--seed", 1, "seed")):
+        small = [*SMALL, option, value]  # the last one counts
+        result = call("--out", tmp_path, "--steps", 6, *small)
+        assert result.exit_code == 2 and word in result.output
+    path = tmp_path / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    result = call("--out", tmp_path, "--steps", 6, *SMALL)
+    assert result.exit_code == 2 and "damaged" in result.output and len(path.read_bytes()) == len(whole) // 2
+
+
+@pytest.mark.parametrize(
+    "option,value", [("--steps", 0), ("--pictures", 0), ("--width", 33), ("--width", 0), ("--layers", 1)]
+)
+def test_bad_settings_are_refused_before_work(call, tmp_path, option, value):
+    result = call("--out", tmp_path / "new", option, value)
+    assert result.exit_code == 2 and option in result.output and not (tmp_path / "new").exists()
