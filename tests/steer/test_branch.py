@@ -115,6 +115,8 @@ def test_what_is_refused():
     with AGLA(model, augmented=same) as method:
         with pytest.raises(ValueError, match="num_beams must be 1"):
             model.generate(**inputs, **GREEDY, num_beams=2)
+        with pytest.raises(ValueError, match="leave out prompt_lookup_num_tokens"):
+            model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2)
         with pytest.raises(ValueError, match="only one method at a time"), AGLA(model, augmented=same):
             pass
         branch = Branch(model, inputs, 2)

@@ -161,6 +161,9 @@ class Steering:
         fusing = [type(method).__name__ for method in self._acting if method.fuses]
         if fusing and beams > 1:
             raise ValueError(f"{fusing[0]} cannot follow beams; num_beams must be 1, it was {beams}")
+        guessing = [name for name in ("assistant_model", "prompt_lookup_num_tokens") if given.get(name) is not None]
+        if fusing and guessing:
+            raise ValueError(f"{fusing[0]} fuses one token at a time; leave out {guessing[0]}, which checks several")
         run = self._new(given, generating=True)
         begun: list[Hooks] = []
         try:
