@@ -155,9 +155,10 @@ def test_reading_leaves_the_model_as_it_was(monkeypatch):
     inputs = models.inputs("llama", model)
     response = inputs["attention_mask"].bool()
     before = [p.clone() for p in model.parameters()]
-    whole = read_rhythm(model, inputs, response)
+    whole = read_rhythm(model, inputs, response, horizon=(1, 4))
     monkeypatch.setattr("glocal.steer.steering._BUDGET", 1)  # row by row
-    pieces = read_rhythm(model, inputs, response)
+    pieces = read_rhythm(model, inputs, response, horizon=(1, 4))
+    assert whole.influence.max() > 0.05
     torch.testing.assert_close(whole.influence, pieces.influence)
     torch.testing.assert_close(whole.distance, pieces.distance)
     monkeypatch.setattr("glocal.steer.rhythm._Sums.add", lambda *_: 1 / 0)

@@ -47,14 +47,20 @@ def _fused(problem: Problem) -> Tensor | None:
     q, k, v = problem.q, problem.k, problem.v
     grouped = q.shape[1] != k.shape[1]
     if full:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=problem.scale, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=problem.scale, enable_gqa=grouped)
+        return _told(out, q)
     # torch multiplies values that a causal mask hides by zero, which lets a NaN through to earlier rows.
     bad = ~torch.isfinite(v)
     out = F.scaled_dot_product_attention(
         q, k, v.masked_fill(bad, 0), is_causal=True, scale=problem.scale, enable_gqa=grouped
     )
     seen = (bad.cumsum(2) > 0).repeat_interleave(q.shape[1] // k.shape[1], 1)
-    return out.masked_fill(seen, torch.nan)
+    return _told(out.masked_fill(seen, torch.nan), q)
+
+
+def _told(out: Tensor, q: Tensor) -> Tensor:
+    """NaN for the rows whose query has one: torch's kernel for CPUs gives zeros with some instruction sets."""
+    return out.masked_fill(q.isnan().any(-1, keepdim=True), torch.nan) if q.device.type == "cpu" else out
 
 
 class _Tile(NamedTuple):

@@ -20,7 +20,6 @@ from glocal.steer.hooks import Hooks, Run, Site
 from glocal.steer.matcher import BlipMatcher, Matcher, SelfMatcher
 from glocal.steer.method import Method
 from glocal.steer.paint import PAINT
-from glocal.steer.pursuit import pursuit
 from glocal.steer.record import RecordRows
 from glocal.steer.red_circle import RedCircle
 from glocal.steer.relevance import attention_relevance
@@ -30,7 +29,7 @@ from glocal.steer.spans import SpanMap
 from glocal.steer.streaming import StreamingAssistant
 from glocal.steer.tower import TowerAttention
 from glocal.steer.tracker import VPTracker
-from glocal.steer.waveform import search_bases, waveform
+from glocal.steer.waveform import search_bases
 
 __all__ = [
     "ABS",
@@ -62,9 +61,7 @@ __all__ = [
     "contextual_scores",
     "find_sink_dims",
     "head_writes",
-    "pursuit",
     "rank_heads",
     "search_bases",
     "train_directions",
-    "waveform",
 ]
