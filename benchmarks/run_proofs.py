@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("only", nargs="*", help="beginnings of file names, such as s114; all where none is given")
     parser.add_argument("--jobs", type=int, default=1, help="proofs that run side by side")
     args = parser.parse_args()
-    scripts = sorted((ROOT / "benchmarks" / "proofs").glob("s*.py"))
+    scripts = sorted((ROOT / "benchmarks" / "proofs").glob("s[0-9]*.py"))
     chosen = [s for s in scripts if not args.only or any(s.name.startswith(name.lower()) for name in args.only)]
     if not chosen:
         parser.error(f"no proof begins with {' or '.join(args.only)}")

@@ -87,7 +87,7 @@ def test_every_proof_has_its_record_and_row():
     from glocal import papers
 
     proofs = {paper.code: paper.proof for paper in papers.all() if paper.proof}
-    files = sorted((ROOT / "benchmarks" / "proofs").glob("s*.py"))
+    files = sorted((ROOT / "benchmarks" / "proofs").glob("s[0-9]*.py"))
     for file in files:
         code = file.name[:4].upper()
         assert proofs.get(code) == f"benchmarks/proofs/{file.name}", f"{file.name} is no record's proof"
