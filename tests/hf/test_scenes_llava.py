@@ -31,7 +31,8 @@ def answers(shipped, pairs):
     inputs = processor(images=[image for image, _ in pairs], text=texts, return_tensors="pt", padding=True)
     with torch.no_grad():
         said = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-    return [text.strip() for text in processor.batch_decode(said[:, inputs["input_ids"].shape[1] :], True)]
+    found = processor.batch_decode(said[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in found]
 
 
 def shares(shipped, some, pictures=None):
@@ -79,7 +80,7 @@ def test_a_batch_padded_on_the_left_answers_as_one_by_one(shipped):
     draw = random.Random(0)
     some = scenes(8, 1003, held_out=True)
     pairs = [(scene.image(), question.text) for scene in some for question in ask_all(scene, draw)]
-    assert len({len(text.split()) for _, text in pairs}) > 2
+    assert len({len(text.split()) for _, text in pairs}) > 1  # else nothing is padded
     assert answers(shipped, pairs) == [answers(shipped, [pair])[0] for pair in pairs]
 
 

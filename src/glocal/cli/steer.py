@@ -21,7 +21,10 @@ _METHODS = ", ".join(name for name in steered.WAYS if name != steered.PLAIN)
 
 def steer(
     model: Annotated[
-        str, typer.Argument(help="Folder of a vision-language model of transformers; 'scenes' is the one shipped.")
+        str,
+        typer.Argument(
+            help="Folder of a vision-language model of transformers; 'scenes' is the one of examples/train_scenes.py, which is not shipped yet."
+        ),
     ] = SCENES,
     method: Annotated[
         list[str] | None, typer.Option(help=f"One of {_METHODS}; repeat with --evaluate. Default: agla, or all.")
