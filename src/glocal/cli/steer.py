@@ -23,7 +23,8 @@ def steer(
     model: Annotated[
         str,
         typer.Argument(
-            help="Folder of a vision-language model of transformers; 'scenes' is the one of examples/train_scenes.py, which is not shipped yet."
+            help="Folder of a vision-language model of transformers; "
+            "'scenes' is the one of examples/train_scenes.py, not shipped yet."
         ),
     ] = SCENES,
     method: Annotated[

@@ -44,7 +44,7 @@ def byte_llama() -> Any:
 
 
 def scenes_llava_folder() -> Path:
-    """Where the small vision-language model is to lie; none is shipped yet, ``examples/train_scenes.py`` makes one.
+    """Where the small vision-language model is to lie: none is shipped yet, ``train_scenes.py`` makes one.
 
     >>> scenes_llava_folder().name
     'scenes_llava'
@@ -53,7 +53,7 @@ def scenes_llava_folder() -> Path:
 
 
 def scenes_llava() -> tuple[Any, Any]:
-    """The small vision-language model and its processor, once it is there: a LLaVA for questions on rendered scenes.
+    """The small vision-language model and its processor, once it is there: a LLaVA that knows rendered scenes.
 
     2.5 million parameters, pictures of 96 x 96 pixels in 64 tokens, a vocabulary of some sixty words. Trained by
     ``examples/train_scenes.py``; ``training.json`` in its folder holds the curve. A prompt is
