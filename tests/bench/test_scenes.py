@@ -82,6 +82,8 @@ def test_answers_by_counting():
             if question.about == "presence":
                 there = any([t.colour, t.shape] == words[-2:] for t in scene.things)
                 assert question.answer == ("yes" if there else "no")
+            elif question.about == "shape":
+                assert question.answer == ("yes" if words[-1] in [t.shape for t in scene.things] else "no")
             elif question.about == "colour":
                 assert [question.answer] == [t.colour for t in scene.things if t.shape == words[-1]]
             elif question.about == "count":
@@ -96,7 +98,7 @@ def test_answers_by_counting():
                 assert abs(x - SIDE / 2) < 6 or (side == "left") == (x < SIDE / 2)
             else:
                 assert question.answer == caption(scene)
-    assert abouts == {"presence", "colour", "count", "position", "caption"}
+    assert abouts == {"presence", "shape", "colour", "count", "position", "caption"}
 
 
 def test_all_words_are_known():
@@ -105,6 +107,20 @@ def test_all_words_are_known():
     for scene in [*scenes(200, 7), *scenes(50, 7, black=1.0)]:
         for question in ask_all(scene, draw):
             assert set(re.findall(r"\w+|[^\w\s]", f"{question.text} {question.answer}".lower())) <= known
+
+
+def test_cells_hold_the_things_whose_pixels_their_centres_show():
+    some, found = scenes(60, 10), 0
+    for scene in some:
+        cells = scene.cells()
+        assert cells.shape == (SIDE // CELL, SIDE // CELL) and set(np.unique(cells)) <= {-1, *range(len(scene.things))}
+        for (row, column), n in np.ndenumerate(cells):
+            y, x = row * CELL + CELL // 2, column * CELL + CELL // 2
+            inside = [t for t in scene.things if t.box[0] <= x < t.box[2] and t.box[1] <= y < t.box[3]]
+            assert inside == ([] if n == -1 else [scene.things[n]])
+            found += n >= 0
+        assert {n for n in range(len(scene.things))} <= set(cells.flatten().tolist())  # 16 pixels hold a centre
+    assert found > 300
 
 
 def test_backgrounds_are_apart():

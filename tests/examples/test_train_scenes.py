@@ -57,7 +57,9 @@ def test_a_resumed_run_ends_with_the_same_weights(call, tmp_path):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     curve = json.loads((parts / "training.json").read_text())["curve"]
     assert [point["step"] for point in curve] == [2, 4, 6]
-    assert {"presence", "colour", "count", "position", "caption", "loss"} <= set(curve[0])
+    # In the first three eighths only the tower learns.
+    assert set(curve[-1]) - set(curve[0]) == {"presence", "shape", "colour", "count", "position", "caption"}
+    assert {"cells", "loss"} <= set(curve[0])
 
 
 def test_what_it_writes_is_a_model_of_transformers(call, script, tmp_path):
@@ -96,7 +98,7 @@ def test_the_processor_makes_what_was_trained_on(script):
 
 def test_the_loss_is_of_the_answers(script):
     words = script.tokenizer()
-    rows = script.batch(words, 0, 900, 4, 1000)
+    rows = script.batch(words, 0, 900, script.shown(0, 900, 4, 1000))
     ids, labels = rows["input_ids"], rows["labels"]
     assert (ids == words.convert_tokens_to_ids("<image>")).sum(1).tolist() == [64] * 4
     known = {"yes", "no", "top", "bottom", "left", "right", "nothing", "a", "and", ",", "</s>", *map(str, range(9))}
@@ -114,8 +116,8 @@ def test_the_loss_is_of_the_answers(script):
 def test_a_question_is_answered_as_if_it_were_alone(script):
     """Whatever else is asked about the picture: else one answer gives another away."""
     words = script.tokenizer()
-    model = script.start(32, 2, lr=3e-3, seed=0).model.eval()
-    rows = script.batch(words, 0, 900, 3, 1000)
+    model = script.start(32, 2, lr=3e-3, seed=0).model.llava.eval()
+    rows = script.batch(words, 0, 900, script.shown(0, 900, 3, 1000))
     picture = rows["input_ids"][:, :64]
     alone = 0
     with torch.no_grad():
@@ -133,14 +135,18 @@ def test_a_question_is_answered_as_if_it_were_alone(script):
 
 def test_pictures_depend_on_seed_and_step_only_and_get_harder(script):
     words = script.tokenizer()
-    one, other = script.batch(words, 0, 7, 4, 100), script.batch(words, 0, 7, 4, 100)
+
+    def asked(seed, step, count=4):
+        return script.batch(words, seed, step, script.shown(seed, step, count, 100))
+
+    one, other = asked(0, 7), asked(0, 7)
     assert all(torch.equal(one[name], other[name]) for name in one)
     for seed, step in ((1, 7), (0, 8)):
-        assert not torch.equal(one["pixel_values"], script.batch(words, seed, step, 4, 100)["pixel_values"])
+        assert not torch.equal(one["pixel_values"], asked(seed, step)["pixel_values"])
 
     def grain(step):
         """Mean difference of neighbours, and the share of pictures with four black cells or more."""
-        seen = script.batch(words, 0, step, 200, 100)["pixel_values"]
+        seen = script.pixels(script.shown(0, step, 200, 100))
         cells = max_pool2d((seen > -1).any(1, keepdim=True).float(), 12)  # a cell with a bright pixel is 1
         return (seen[..., 1:] - seen[..., :-1]).abs().mean(), ((cells == 0).flatten(1).sum(1) >= 4).float().mean()
 
@@ -169,19 +175,39 @@ def test_right_answers_by_hand(script):
             return torch.cat([input_ids, torch.tensor([ids + [0] * (length - len(ids)) for ids in said])], 1)
 
     found = script.right(Oracle(), words, seen)
-    assert found.pop("colour") == found.pop("caption") == 0.0 and set(found.values()) == {1.0} and len(found) == 3
+    assert found.pop("colour") == found.pop("caption") == 0.0 and set(found.values()) == {1.0} and len(found) == 4
 
 
 def test_it_learns_what_it_is_shown(script):
     words = script.tokenizer()
     run = script.start(64, 2, lr=3e-3, seed=0)
-    rows = script.batch(words, 0, 0, 2, 1000)
-    losses = [run.advance(lambda step: run.model(**rows).loss, 1000) for _ in range(150)]
-    assert losses[-1] < 0.3 < 3 < losses[0]
+    seen = script.shown(0, 0, 2, 1000)
+    rows = script.batch(words, 0, 0, seen)
+    losses = [run.advance(lambda step: run.model.loss(seen, rows), 1000) for _ in range(150)]
+    assert losses[-1] < 0.5 < 5 < losses[0] and run.model.named(seen) == 1.0
     # All of it takes part, but for what pools the class token.
-    run.model(**rows).loss.backward()
+    run.model.loss(seen, rows).backward()
     still = {name for name, p in run.model.named_parameters() if p.grad is None or not p.grad.any()}
     assert all("post_layernorm" in name for name in still)
+
+
+def test_the_head_teaches_the_tower_alone(script):
+    run = script.start(32, 2, lr=3e-3, seed=0)
+    run.model.loss(script.shown(0, 0, 2, 1000)).backward()
+    parts = {name.split(".")[2] for name, p in run.model.named_parameters() if p.grad is not None and "llava" in name}
+    assert parts == {"vision_tower"} and run.model.head.weight.grad.any()
+
+
+def test_cells_are_named_by_hand(script):
+    seen = script.shown(0, 0, 3, 1000)
+    labels = script.cells(seen)
+    assert labels.shape == (3, 64, 2)
+    for scene, row in zip(seen, labels.tolist(), strict=True):
+        names = {(list(COLOURS)[colour], SHAPES[shape]) for colour, shape in row if colour >= 0}
+        assert names == scene.kinds()
+        for thing in scene.things:  # the cell of its middle, whose centre is less than half of 16 pixels away
+            x, y = (int(value // 12) for value in thing.centre)
+            assert row[8 * y + x] == [list(COLOURS).index(thing.colour), SHAPES.index(thing.shape)]
 
 
 def test_another_run_s_or_a_damaged_checkpoint_is_refused(call, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -82,6 +81,16 @@ class Scene:
         """The kinds of things in it."""
         return {thing.kind for thing in self.things}
 
+    def cells(self) -> NDArray[np.int64]:
+        """Which of the things holds the centre of each cell, ``(SIDE // CELL, SIDE // CELL)``; -1 for none."""
+        centres = np.arange(CELL // 2, SIDE, CELL)
+        found = np.full((len(centres), len(centres)), -1)
+        for n, thing in enumerate(self.things):
+            left, top, right, bottom = thing.box
+            rows, columns = (centres >= top) & (centres < bottom), (centres >= left) & (centres < right)
+            found[np.ix_(rows, columns)] = n
+        return found
+
 
 @dataclass(frozen=True)
 class Question:
@@ -90,7 +99,7 @@ class Question:
     Args:
         text: as it is asked.
         answer: as it would be right.
-        about: presence, colour, count, position or caption.
+        about: presence (of a kind), shape (presence of one in any colour), colour, count, position or caption.
     """
 
     text: str
@@ -296,6 +305,10 @@ def ask_all(scene: Scene, draw: random.Random) -> list[Question]:
     # Half of what is asked for and absent shares its colour or its shape with something that is there.
     near = [kind for kind in absent if any(kind[0] == k[0] or kind[1] == k[1] for k in kinds)]
     found.append(presence(draw.choice(near if near and draw.random() < 0.5 else absent), False))
+    shapes = sorted({thing.shape for thing in scene.things})
+    there = bool(shapes) and (len(shapes) == len(SHAPES) or draw.random() < 0.5)
+    shape = draw.choice(shapes if there else [shape for shape in SHAPES if shape not in shapes])
+    found.append(Question(f"Is there a {shape}?", "yes" if there else "no", "shape"))
     alone = [t for t in scene.things if sum(t.shape == other.shape for other in scene.things) == 1]
     if alone:
         thing = draw.choice(alone)
@@ -332,14 +345,3 @@ def vocabulary() -> tuple[str, ...]:
     said = ("yes", "no", "top", "bottom", "left", "right", "nothing", "and", "answer", *map(str, range(9)))
     words = [word for text in asked for word in text.lower().rstrip("?").split()]
     return tuple(dict.fromkeys([*words, *said, *COLOURS, *SHAPES, *map(_plural, SHAPES), *"?,.:"]))
-
-
-def contact_sheet(some: Sequence[Scene], columns: int = 8) -> Any:
-    """The pictures side by side, to look at."""
-    from PIL import Image
-
-    rows = -(-len(some) // columns)
-    sheet = Image.new("RGB", (columns * SIDE, rows * SIDE))
-    for n, scene in enumerate(some):
-        sheet.paste(scene.image(), ((n % columns) * SIDE, (n // columns) * SIDE))
-    return sheet
