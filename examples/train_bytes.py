@@ -19,10 +19,9 @@ holds ``config.json``, ``model.safetensors`` (float16), the tokenizer, and ``tra
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -31,7 +30,7 @@ from torch import Tensor
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from glocal.bench.corpus import VOCAB, python_source, to_ids
-from glocal.bench.training import CHECKPOINT, Training
+from glocal.bench.training import Training
 from glocal.hf import adapt
 
 STAGES = ((0.12, 32), (0.18, 8), (0.35, 2), (0.35, 1))
@@ -58,11 +57,8 @@ def train(
     console = Console(stderr=True)
     try:
         _check(steps, length, tokens, width, layers)
-        out.mkdir(parents=True, exist_ok=True)
         run = start(_config(length, width, layers), lr=lr, seed=seed)
-        if (out / CHECKPOINT).exists():
-            run.load(out / CHECKPOINT)
-            console.print(f"Going on after step {run.step}.")
+        run.take_up(out, console)
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
@@ -87,11 +83,8 @@ def train(
             say=lambda loss: f"{loss / LN2:.2f} bits",
             console=console,
         )
-    if not reached or run.step < steps:
-        console.print(f"Stopped after step {run.step}; the same command goes on from there.")
-        if not reached:
-            raise typer.Exit(130)
-        return
+    if run.step < steps:
+        raise typer.Exit(0 if reached else 130)
     held = export(run, out, length)
     console.print(f"Held-out bits per byte at {length} tokens: {held:.4f} (float16 weights). Written to {out}.")
 
@@ -112,9 +105,7 @@ def export(run: Training, out: Path, length: int) -> float:
     held = bits_per_byte(half, length, pieces=64)
     half.half().save_pretrained(out)
     ByT5Tokenizer(extra_ids=0).save_pretrained(out)
-    about: dict[str, Any] = {"held_out_bits_per_byte": held, "length": length, "curve": run.curve}
-    about |= {"seconds": run.seconds, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    (out / "training.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    run.write(out, held_out_bits_per_byte=held, length=length)
     return held
 
 

@@ -24,7 +24,6 @@ and resumed ends with the same weights as one that was not. At the end the folde
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -49,7 +48,7 @@ from transformers import (
 )
 
 from glocal.bench.scenes import CELL, COLOURS, SHAPES, SIDE, Question, Scene, ask_all, scenes, vocabulary
-from glocal.bench.training import CHECKPOINT, Training
+from glocal.bench.training import Training
 
 PAD, END, IMAGE, UNKNOWN = "<pad>", "</s>", "<image>", "<unk>"
 PATCHES = (SIDE // CELL) ** 2
@@ -79,11 +78,8 @@ def train(
                 raise ValueError(f"--{name} must be at least {least}; it was {value}")
         if width < 32 or width % 32:
             raise ValueError(f"--width must be a multiple of 32; it was {width}")
-        out.mkdir(parents=True, exist_ok=True)
         run = start(width, layers, lr=lr, seed=seed)
-        if (out / CHECKPOINT).exists():
-            run.load(out / CHECKPOINT)
-            console.print(f"Going on after step {run.step}.")
+        run.take_up(out, console)
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
@@ -111,11 +107,8 @@ def train(
         say=lambda loss: f"{loss:.3f} nats",
         console=console,
     )
-    if not reached or run.step < steps:
-        console.print(f"Stopped after step {run.step}; the same command goes on from there.")
-        if not reached:
-            raise typer.Exit(130)
-        return
+    if run.step < steps:
+        raise typer.Exit(0 if reached else 130)
     found = export(run, out, words)
     said = ", ".join(f"{name} {share:.3f}" for name, share in found.items())
     console.print(f"Right on held-out scenes (float16 weights): {said}. Written to {out}.")
@@ -334,9 +327,7 @@ def export(run: Training, out: Path, words: PreTrainedTokenizerFast) -> dict[str
     found = right(half, words, scenes(300, 2, held_out=True))
     half.half().save_pretrained(out)
     processor(words).save_pretrained(out)
-    about = {"right": found, "curve": run.curve, "seconds": run.seconds}
-    about |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    (out / "training.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    run.write(out, right=found)
     return found
 
 

@@ -1,57 +1,23 @@
 """The training recipe: it learns, a stopped run ends like one that was not, and damage is told, not half loaded."""
 
-import json
 import re
-import runpy
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-from typer import Typer
-from typer.testing import CliRunner
 
 from glocal.bench.corpus import python_source, to_ids
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "train_bytes.py"
+RECIPE = "train_bytes"
 SMALL = ("--length", "128", "--tokens", "256", "--width", "64", "--layers", "1", "--save-every", "2")
 
 
-@pytest.fixture(scope="module")
-def script():
-    return runpy.run_path(str(SCRIPT))
-
-
-@pytest.fixture
-def call(script):
-    app = Typer()
-    app.command()(script["train"])
-    return lambda *options: CliRunner().invoke(app, [str(option) for option in options])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_a_resumed_run_ends_with_the_same_weights(call, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert call("--out", whole, "--steps", 6, *SMALL).exit_code == 0
-    stopped = call("--out", parts, "--steps", 6, "--stop-after", 3, *SMALL)
-    assert stopped.exit_code == 0 and not (parts / "model.safetensors").exists()
-    assert call("--out", parts, "--steps", 6, *SMALL).exit_code == 0
-    one, other = (load_file(folder / "model.safetensors") for folder in (whole, parts))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    curve = json.loads((parts / "training.json").read_text())["curve"]
-    assert [point["step"] for point in curve] == [2, 4, 6]
+def test_a_resumed_run_ends_with_the_same_weights(resumed):
+    curve = resumed(*SMALL)
     assert curve[-1]["held_out"] < curve[0]["held_out"] < 8.5
 
 
@@ -72,8 +38,8 @@ def test_what_it_writes_is_a_model_of_transformers(call, tmp_path):
     assert float(re.search(r"tokens: ([\d.]+)", result.output)[1]) == pytest.approx(bits, abs=2e-4)
 
 
-def test_interrupted_and_taken_up_again(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--steps", "100000", *SMALL]
+def test_interrupted_and_taken_up_again(script, tmp_path):
+    command = [sys.executable, script.__file__, "--out", str(tmp_path), "--steps", "100000", *SMALL]
     run = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
@@ -105,7 +71,7 @@ def test_a_damaged_checkpoint_is_told_and_left(call, script, tmp_path, damage):
         data = path.read_bytes()
         path.write_bytes(data[: len(data) // 2] if damage == "truncated" else b"nonsense" * 100)
     before = path.read_bytes()
-    run = script["start"](script["_config"](128, 64, 1), lr=1e-3, seed=0)
+    run = script.start(script._config(128, 64, 1), lr=1e-3, seed=0)
     weights = {name: p.clone() for name, p in run.model.named_parameters()}
     with pytest.raises(ValueError, match="damaged"):
         run.load(path)
@@ -135,7 +101,7 @@ def test_bad_settings_are_refused_before_work(call, tmp_path, option, value):
 
 
 def test_pieces_depend_on_seed_and_step_only(script):
-    batch = script["batch"]
+    batch = script.batch
     assert torch.equal(batch(0, 7, 256, 4), batch(0, 7, 256, 4))
     assert not torch.equal(batch(0, 7, 256, 4), batch(0, 8, 256, 4))
     assert not torch.equal(batch(0, 7, 256, 4), batch(1, 7, 256, 4))
@@ -154,7 +120,7 @@ def test_about_half_of_the_pieces_are_plain_text_and_in_the_others_something_com
     text = bytes(python_source().tolist())
     plain, repeats = 0, []
     for step in range(20):
-        for row in script["batch"](1, step, 256, 4):
+        for row in script.batch(1, step, 256, 4):
             piece = bytes((row - 3).tolist())
             if piece in text:
                 plain += 1
@@ -162,13 +128,13 @@ def test_about_half_of_the_pieces_are_plain_text_and_in_the_others_something_com
                 repeats.append(longest_repeat(piece))
     assert 25 <= plain <= 55 and len(repeats) == 80 - plain
     assert sorted(repeats)[len(repeats) // 10] >= 10  # a second span can fall on the first
-    short = script["batch"](1, 0, 64, 64)
+    short = script.batch(1, 0, 64, 64)
     periodic = sum(any(torch.equal(row[p:], row[:-p]) for p in range(5, 25)) for row in short)
     assert 20 <= periodic <= 44
 
 
 def test_lengths_grow(script):
-    size_at = script["size_at"]
+    size_at = script.size_at
     sizes = [size_at(step / 1000, 2048) for step in range(1000)]
     assert sizes == sorted(sizes)
     assert [sizes.count(size) for size in (64, 256, 1024, 2048)] == pytest.approx([120, 180, 350, 350], abs=1)
@@ -186,4 +152,4 @@ def test_what_is_copied_is_counted_by_hand(script):
                 logits[0, at, ahead if at >= input_ids.shape[1] - 13 else (ahead + 1) % 259] = 1
             return type("Output", (), {"logits": logits})
 
-    assert script["copied"](Echo(), 256, pieces=3, span=24) == pytest.approx(12 / 16)
+    assert script.copied(Echo(), 256, pieces=3, span=24) == pytest.approx(12 / 16)

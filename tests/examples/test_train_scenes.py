@@ -1,62 +1,28 @@
 """The recipe of the vision-language model: what it sees and is asked, what it writes; and a stop changes nothing."""
 
-import importlib.util
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn.functional import max_pool2d
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
-from typer import Typer
-from typer.testing import CliRunner
 
 from glocal.bench.scenes import COLOURS, SHAPES, Question, scenes
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "train_scenes.py"
+RECIPE = "train_scenes"
 SMALL = ("--pictures", 2, "--width", 32, "--layers", 2, "--save-every", 2)
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """The script as a module, which measures on six scenes instead of hundreds."""
-    about = importlib.util.spec_from_file_location("train_scenes", SCRIPT)
-    module = importlib.util.module_from_spec(about)
-    monkeypatch.setitem(sys.modules, "train_scenes", module)
-    about.loader.exec_module(module)
-    right = module.right
-    monkeypatch.setattr(module, "right", lambda model, words, seen: right(model, words, seen[:6]))
-    return module
-
-
-@pytest.fixture
-def call(script):
-    app = Typer()
-    app.command()(script.train)
-    return lambda *options: CliRunner().invoke(app, [str(option) for option in options])
-
-
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def on_six_scenes(script, monkeypatch):
+    """The script measures on six scenes instead of hundreds."""
+    right = script.right
+    monkeypatch.setattr(script, "right", lambda model, words, seen: right(model, words, seen[:6]))
 
 
-def test_a_resumed_run_ends_with_the_same_weights(call, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert call("--out", whole, "--steps", 6, *SMALL).exit_code == 0
-    stopped = call("--out", parts, "--steps", 6, "--stop-after", 3, *SMALL)
-    assert stopped.exit_code == 0 and not (parts / "model.safetensors").exists()
-    assert call("--out", parts, "--steps", 6, *SMALL).exit_code == 0
-    one, other = (load_file(folder / "model.safetensors") for folder in (whole, parts))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    curve = json.loads((parts / "training.json").read_text())["curve"]
-    assert [point["step"] for point in curve] == [2, 4, 6]
+def test_a_resumed_run_ends_with_the_same_weights(resumed):
+    curve = resumed(*SMALL)
     # In the first three eighths only the tower learns.
     assert set(curve[-1]) - set(curve[0]) == {"presence", "shape", "colour", "count", "position", "caption"}
     assert {"cells", "loss"} <= set(curve[0])

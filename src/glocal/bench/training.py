@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from glocal.progress import progress_bar
 
 __all__ = ["CHECKPOINT", "Training"]
 
@@ -96,15 +97,9 @@ class Training:
             say: a loss in words, beside the bar.
             console: where the bar is drawn.
         """
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
+        reached = True
         try:
-            with Progress(*columns, console=console) as bar:
+            with progress_bar(console) as bar:
                 task = bar.add_task("training", total=last, completed=self.step)
                 while self.step < last:
                     loss = self.advance(loss_of, steps)
@@ -113,10 +108,18 @@ class Training:
                         self.note(**held_out())
                         self.save(out / CHECKPOINT)
         except KeyboardInterrupt:
-            return False
+            reached = False
         finally:
             self.save(out / CHECKPOINT)
-        return True
+        if self.step < steps:
+            console.print(f"Stopped after step {self.step}; the same command goes on from there.")
+        return reached
+
+    def write(self, out: Path, **figures: Any) -> None:
+        """``training.json`` beside the weights: these figures, the curve, and on what it was trained."""
+        about = {**figures, "curve": self.curve, "seconds": self.seconds}
+        about |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        (out / "training.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     def save(self, path: Path) -> None:
         """Write all of it beside the target, then rename: a stop half way leaves the older file whole."""
@@ -129,6 +132,18 @@ class Training:
         part = path.with_suffix(".part")
         save_file(tensors, part, {"training": json.dumps(about)})
         os.replace(part, path)
+
+    def take_up(self, out: Path, console: Console) -> None:
+        """Make the folder, or go on with the run whose checkpoint lies in it.
+
+        Raises:
+            ValueError: as in `load`.
+            OSError: there can be no such folder.
+        """
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / CHECKPOINT).exists():
+            self.load(out / CHECKPOINT)
+            console.print(f"Going on after step {self.step}.")
 
     def load(self, path: Path) -> None:
         """Take up a checkpoint, or none of it.
