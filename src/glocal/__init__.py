@@ -7,6 +7,7 @@ torch.Size([1, 8, 1024, 64])
 """
 
 from glocal.attention import Explanation, attend, explain, merge
+from glocal.linear import linear_attend
 from glocal.models import create
 from glocal.patterns import (
     Between,
@@ -53,6 +54,7 @@ __all__ = [
     "attend",
     "create",
     "explain",
+    "linear_attend",
     "merge",
     "parse",
 ]

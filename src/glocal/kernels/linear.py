@@ -1,0 +1,113 @@
+"""Causal products of linear attention, in chunks: ``o_i = fq_i S_i`` with ``S_i = e^{a_i} S_{i-1} + fk_i v_i^T``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+__all__ = ["causal_product"]
+
+_AT_ONCE = 1 << 24
+"""Numbers of the chunks' states that are held at a time: 64 MiB in float32."""
+
+
+def causal_product(
+    fq: Tensor, fk: Tensor, v: Tensor, state: Tensor, decay: Tensor | None = None, chunk: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Each query's features times the sum of what stands before and at it, in O(N (F E + chunk (F + E))).
+
+    Within a chunk the scores are computed, between chunks the state is handed on. Memory beyond the results does not
+    grow with N, also in training: the backward pass makes the states anew.
+
+    Args:
+        fq, fk: features ``(..., N, F)``.
+        v: ``(..., N, E)``.
+        state: before the first position, ``(..., F, E)``.
+        decay: logarithms, at most 0, by which the state fades before each position is added, ``(..., N)``; none where
+            None.
+        chunk: positions that are compared pair by pair.
+
+    Returns:
+        ``(..., N, E)``, and the state after the last position ``(..., F, E)``.
+    """
+    lead, length = fq.shape[:-2], fq.shape[-2]
+    if not length:
+        return v, state
+    given = [t.reshape(-1, *t.shape[len(lead) :]) for t in (fq, fk, v, state)]
+    fade = None if decay is None else decay.reshape(-1, length)
+    out, last = _CausalProduct.apply(*given, fade, min(chunk, length))
+    return out.view(*lead, length, -1), last.view(state.shape)
+
+
+class _CausalProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, fq: Tensor, fk: Tensor, v: Tensor, state: Tensor, decay: Tensor | None, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        out, last = _forward(fq, fk, v, state, decay, chunk)
+        ctx.chunk = chunk
+        ctx.save_for_backward(fq, fk, v, state, decay, out, last)
+        return out, last
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+        """All three are causal products again: of the queries forwards, of keys and values backwards in time."""
+        fq, fk, v, state, decay, out, last = ctx.saved_tensors
+        # A position's own decay stands before it; backwards in time, the next one's does.
+        later = None if decay is None else pad(decay[:, 1:], (0, 1)).flip(1)
+        dq, _ = causal_product(grad, v, fk, state.mT, decay, ctx.chunk)
+        dk, into = causal_product(v.flip(1), grad.flip(1), fq.flip(1), grad_last.mT, later, ctx.chunk)
+        dv, _ = causal_product(fk.flip(1), fq.flip(1), grad.flip(1), grad_last, later, ctx.chunk)
+        dk, dv, dstate, fade = dk.flip(1), dv.flip(1), into.mT, None
+        if decay is not None:
+            # All that reaches a position or what is after it has gone through its decay, but for what starts there.
+            through = (grad * out).sum(-1) - (fk * dk).sum(-1)
+            fade = through.flip(1).cumsum(1).flip(1) + (grad_last * last).sum((1, 2))[:, None]
+            dstate = dstate * decay[:, :1, None].exp()
+        return dq, dk, dv, dstate, fade, None
+
+
+def _forward(
+    fq: Tensor, fk: Tensor, v: Tensor, state: Tensor, decay: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor]:
+    batch, length, features = fq.shape
+    chunks = max(1, _AT_ONCE // (batch * features * v.shape[2]))
+    at_once = chunk * (chunks if decay is None else min(chunks, chunk))  # decays compare chunks pair by pair
+    out = v.new_empty(batch, length, v.shape[2])
+    for start in range(0, length, at_once):
+        part = slice(start, start + at_once)
+        fade = None if decay is None else decay[:, part]
+        out[:, part], state = _some(fq[:, part], fk[:, part], v[:, part], state, fade, chunk)
+    return out, state.clone()
+
+
+def _some(fq: Tensor, fk: Tensor, v: Tensor, state: Tensor, decay: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
+    """As many chunks as are held at a time."""
+    length = fq.shape[1]
+    fq, fk, v = (pad(t, (0, 0, 0, -length % chunk)).unflatten(1, (-1, chunk)) for t in (fq, fk, v))
+    scores = fq @ fk.mT  # (B, chunks, chunk, chunk)
+    if decay is None:
+        sums = fk.mT @ v
+        before = torch.cat([state[:, None], sums[:, :-1]], 1).cumsum(1)
+        out = scores.tril_() @ v
+        out += fq @ before
+        return out.flatten(1, 2)[:, :length], before[:, -1] + sums[:, -1]
+    fade = pad(decay, (0, -length % chunk)).unflatten(1, (-1, chunk)).cumsum(2)
+    whole = fade[:, :, -1].cumsum(1)  # (B, chunks)
+    sums = (fk * (fade[:, :, -1:] - fade).exp()[..., None]).mT @ v
+    lasts = _from_to(whole) @ sums.flatten(2) + whole.exp()[..., None] * state.flatten(1)[:, None]
+    before = torch.cat([state[:, None], lasts[:, :-1].unflatten(2, state.shape[1:])], 1)
+    out = (scores * _from_to(fade)) @ v
+    out += (fq * fade.exp()[..., None]) @ before
+    return out.flatten(1, 2)[:, :length], lasts[:, -1].view(state.shape)
+
+
+def _from_to(fade: Tensor) -> Tensor:
+    """What is left of position ``j`` at ``i``, ``exp(fade_i - fade_j)``, 0 where ``j > i``: ``(..., n, n)``."""
+    between = fade[..., :, None] - fade[..., None, :]
+    n = fade.shape[-1]
+    later = torch.ones(n, n, dtype=torch.bool, device=fade.device).triu(1)
+    return between.masked_fill(later, -torch.inf).exp()
