@@ -29,13 +29,13 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 
 from glocal.bench.corpus import python_source, to_ids
 from glocal.hf import Adapted, adapt
 from glocal.hf.tuning import tune
+from glocal.progress import progress_bar
 
 LN2 = math.log(2)
 
@@ -117,20 +117,13 @@ def retrofit(
         with adapt(base, recipe.alone):
             measure(recipe.alone)
     began, done = time.monotonic(), 0
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     with adapt(base, text) as handle:
         measure(f"{text}, untrained", handle)
         lora = _adapters(base) if recipe.adapters else None
         learned = list(handle.parameters()) + (
             [] if lora is None else [p for p in lora.parameters() if p.requires_grad]
         )
-        with Progress(*columns, console=console) as bar:
+        with progress_bar(console) as bar:
             task = bar.add_task(mechanism.value, total=steps)
 
             def show(step: int, parts: dict[str, float]) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from glocal.progress import shown
 from glocal.steer.marks import RED, Colour, frame
 from glocal.steer.method import check_range
 
@@ -211,23 +211,17 @@ class VPTracker:
         """
         text = self.prompt.format(description=description)
         track, template = Track([], [], []), None
-        bar: Any = nullcontext(frames)
-        if progress:
-            from rich.progress import Progress
-
-            bar = Progress(transient=True)
-        with bar as shown:
-            for image in shown.track(frames, description="tracking") if progress else frames:
-                if template is None:
-                    template = self.template(image, box)
-                    first: Box | None = _inside(box, image.size)
-                    found, said = first, ""
-                else:
-                    said = ask(template, self.search(image, track.boxes[-1]), text)
-                    found = self.parse(said, image.size)
-                track.boxes.append(track.boxes[-1] if found is None else found)
-                track.found.append(found is not None)
-                track.answers.append(said)
+        for image in shown(frames, progress, "tracking"):
+            if template is None:
+                template = self.template(image, box)
+                first: Box | None = _inside(box, image.size)
+                found, said = first, ""
+            else:
+                said = ask(template, self.search(image, track.boxes[-1]), text)
+                found = self.parse(said, image.size)
+            track.boxes.append(track.boxes[-1] if found is None else found)
+            track.found.append(found is not None)
+            track.answers.append(said)
         if template is None:
             raise ValueError("frames must hold at least one picture; there was none")
         return track
