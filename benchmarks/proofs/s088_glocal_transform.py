@@ -20,8 +20,9 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from glocal.bench.similarity import neighbourhood_overlap, odd_one_out_accuracy
 from glocal.papers.verdict import verdict
-from glocal.steer.similarity import align, neighbourhood_overlap, odd_one_out_accuracy
+from glocal.steer.similarity import align
 
 KINDS = {0: 0, 6: 0, 8: 0, 1: 1, 4: 1, 7: 1, 9: 1, 2: 2, 3: 2, 5: 2}
 UNSEEN = (8, 9, 5)

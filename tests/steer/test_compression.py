@@ -16,10 +16,8 @@ from glocal.steer.compression import (
     SYSTEM,
     Compressor,
     Segments,
-    ask_high_frames,
     beacons,
     interleave,
-    interval_targets,
     kept,
     segment_mask,
     select_cache,
@@ -250,7 +248,7 @@ def test_half_precision():
     assert out.dtype == torch.bfloat16 and (out - mine).abs().max() < 0.05 * out.abs().max()
 
 
-# Places and targets.
+# Places.
 
 
 def test_segments_and_interleaving():
@@ -280,25 +278,6 @@ def test_beacons():
     assert beacons(kinds[:4], pieces[:4], budget=10).tolist() == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("spans", [[(10, 15)], [(3, 9), (20, 22)], [(0, 0)], [(5, 39)]])
-def test_stage_one_weights(spans):
-    targets, weights = interval_targets(40, spans, silent=2, respond=7)
-    inside = [n for low, high in spans for n in range(low, high + 1)]
-    assert [n for n in range(40) if targets[n] == 7] == inside and set(targets.tolist()) <= {2, 7}
-    assert bool((weights[targets == 2] == 1).all())
-    for low, high in spans:
-        part = weights[low : high + 1].double()
-        assert float(part.sum()) == pytest.approx((40 - len(inside)) / len(inside), rel=1e-5)
-        if high > low:
-            assert float(part[0] / part[-1]) == pytest.approx(0.3, rel=1e-5)
-            assert part.diff().tolist() == pytest.approx([float(part.diff()[0])] * (high - low), rel=1e-3)
-
-
-def test_stage_two_frames():
-    asks = ask_high_frames(20, [(12, 14)], changes=[2, 6, 16], errors=[1, 8, 16, 13])
-    assert asks.nonzero()[:, 0].tolist() == [0, 1, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16]
-
-
 # Bad input.
 
 
@@ -321,7 +300,3 @@ def test_refusals():
         Compressor(models.build("llama"), 99)
     with pytest.raises(ValueError, match="turns must never fall"):
         segment_mask(torch.zeros(1, 2).long(), torch.tensor([[1, 0]]))
-    with pytest.raises(ValueError, match="overlap"):
-        interval_targets(9, [(1, 3), (3, 4)], silent=0, respond=1)
-    with pytest.raises(ValueError, match="first and last of 9 frames"):
-        interval_targets(9, [(1, 9)], silent=0, respond=1)

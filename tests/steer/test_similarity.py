@@ -1,4 +1,4 @@
-"""Losses and measures against scikit-learn and scipy, the fit against scipy's optimiser, features by the encoder."""
+"""Losses against scikit-learn and scipy, the fit against scipy's optimiser."""
 
 import math
 
@@ -6,45 +6,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers as t
 from safetensors.torch import load, save
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax, softmax
-from scipy.stats import entropy, ortho_group, spearmanr
+from scipy.stats import entropy, ortho_group
 from sklearn.metrics.pairwise import cosine_similarity
-from sklearn.neighbors import NearestNeighbors
 
+from glocal.bench.similarity import neighbourhood_overlap, object_folds, odd_one_out_accuracy
 from glocal.steer.similarity import (
     GlocalTransform,
     align,
     identity_penalty,
     neighbourhood_loss,
-    neighbourhood_overlap,
-    object_folds,
-    odd_one_out_accuracy,
     odd_one_out_loss,
-    pooled,
-    representational_similarity,
 )
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def some_triplets(objects, count, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(objects, generator=draw)[:3] for _ in range(count)])
-
-
-def planted(objects=60, dim=16, count=1500, seed=0):
-    """Features of which only the first quarter decides what people say, and those triplets, in people's order."""
-    x = normal(objects, dim, seed=seed)
-    triplets = some_triplets(objects, count, seed)
-    alike = x[:, : dim // 4] @ x[:, : dim // 4].T
-    pairs = torch.stack([alike[triplets[:, a], triplets[:, b]] for a, b in ((0, 1), (0, 2), (1, 2))], 1)
-    orders = torch.tensor([[0, 1, 2], [0, 2, 1], [1, 2, 0]])
-    return x, triplets.gather(1, orders[pairs.argmax(1)])
+from tests.steer.judged import normal, planted, some_triplets
 
 
 def without_self(x):
@@ -118,67 +94,9 @@ def test_the_penalty_is_the_squared_distance_from_the_nearest_multiple_of_the_id
     assert identity_penalty(weight).item() == pytest.approx(nearest.fun, rel=1e-9)
 
 
-def test_a_rotation_leaves_neighbours_and_their_loss():
+def test_a_rotation_leaves_the_loss_of_neighbours():
     x, rotation = normal(40, 7), torch.from_numpy(ortho_group.rvs(7, random_state=0))
     assert neighbourhood_loss(x, x @ rotation).item() == pytest.approx(neighbourhood_loss(x, x).item(), abs=1e-12)
-    assert neighbourhood_overlap(x, x @ rotation, 5) == 1
-    assert neighbourhood_overlap(x, x @ normal(7, 7, seed=3), 5) < 0.8
-    assert representational_similarity(x, x @ rotation, similarity="cosine") == pytest.approx(1)
-
-
-# Measures.
-
-
-@pytest.mark.parametrize("k", [1, 5, 29])
-def test_overlap_against_nearest_neighbours(k):
-    x, y = normal(30, 6), normal(30, 4, seed=1)
-    # Without arguments kneighbors leaves each row's own out.
-    near = [NearestNeighbors(n_neighbors=k, metric="cosine").fit(each).kneighbors()[1] for each in (x, y)]
-    wanted = np.mean([len(set(a) & set(b)) / k for a, b in zip(*near, strict=True)])
-    assert neighbourhood_overlap(x, y, k) == pytest.approx(wanted)
-
-
-@pytest.mark.parametrize("similarity", ["correlation", "cosine", "dot", "given"])
-def test_representational_similarity_against_scipy(similarity):
-    if similarity == "given":  # with many ties, and a lower triangle that must not count
-        draw = np.random.default_rng(0)
-        x, y = (torch.from_numpy(draw.integers(0, 5, (25, 25)).astype(float)) for _ in range(2))
-        y = y + x
-        matrices = x.numpy(), y.numpy()
-    else:
-        x = normal(25, 6)
-        y = torch.cat([x[:, :4], normal(25, 2, seed=1)], 1)
-        of = {"correlation": np.corrcoef, "cosine": cosine_similarity, "dot": lambda each: each @ each.T}[similarity]
-        matrices = of(x.numpy()), of(y.numpy())
-    upper = np.triu_indices(25, 1)
-    wanted = spearmanr(matrices[0][upper], matrices[1][upper]).statistic
-    assert 0.2 < wanted < 0.95
-    assert representational_similarity(x, y, similarity=similarity) == pytest.approx(wanted, abs=1e-10)
-
-
-def test_ties_are_wrong():
-    x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.5, 0.0]])
-    assert odd_one_out_accuracy(x, torch.tensor([[0, 1, 2]])) == 1
-    assert odd_one_out_accuracy(x, torch.tensor([[0, 1, 3]])) == 0
-    assert odd_one_out_accuracy(x, torch.tensor([[0, 4, 1]])) == 0
-    assert odd_one_out_accuracy(x, torch.tensor([[0, 1, 2], [0, 1, 4], [0, 4, 1], [0, 2, 1]])) == 0.5
-
-
-def test_folds_share_no_object():
-    triplets = some_triplets(40, 4000)
-    folds = object_folds(triplets)
-    tested = []
-    for train, test in folds:
-        objects = [set(each.flatten().tolist()) for each in (train, test)]
-        assert not objects[0] & objects[1]
-        assert len(objects[1]) == 10 and len(objects[0]) == 30
-        # All triplets inside of a side are in it.
-        for side, inside in zip((train, test), objects, strict=True):
-            assert len(side) == sum(set(triplet) <= inside for triplet in triplets.tolist())
-        tested.append(objects[1])
-    assert set().union(*tested) == set(range(40)) and sum(map(len, tested)) == 40
-    assert torch.equal(object_folds(triplets)[0][0], folds[0][0])
-    assert not torch.equal(object_folds(triplets, seed=1)[0][0], folds[0][0])
 
 
 # The fit.
@@ -324,68 +242,6 @@ def test_low_precision_features(dtype):
     assert neighbourhood_loss(low, low).item() == pytest.approx(neighbourhood_loss(low.float(), low.float()).item())
 
 
-# Features of encoders.
-
-VISION = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16)
-
-
-def encoder(name):
-    torch.manual_seed(0)
-    if name == "clip":
-        return t.CLIPVisionModel(t.CLIPVisionConfig(**VISION, patch_size=8))
-    if name.startswith("vit"):
-        config = t.ViTConfig(**VISION, patch_size=8)
-        return t.ViTModel(config, add_pooling_layer=name == "vit")
-    config = t.BertConfig(
-        vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32
-    )
-    return t.BertModel(config)
-
-
-@pytest.mark.parametrize("name", ["clip", "vit", "vit without pooling", "bert"])
-def test_pooled_features_are_the_encoders_own(name):
-    model = encoder(name)
-    model.train()
-    list(model.modules())[3].eval()
-    modes = [module.training for module in model.modules()]
-    draw = torch.Generator().manual_seed(0)
-    if name == "bert":
-        batches = [{"input_ids": torch.randint(50, (n, 7), generator=draw)} for n in (3, 2)]
-        single = batches[0]["input_ids"]
-    else:
-        batches = [torch.randn(n, 3, 16, 16, generator=draw) for n in (3, 2)]
-        single = batches[0]
-    found = pooled(model, batches)
-    assert found.shape == (5, 24) and not found.requires_grad
-    assert [module.training for module in model.modules()] == modes  # dropout was off nevertheless
-    model.eval()
-    with torch.no_grad():
-        out = model(single)
-    own = out.pooler_output if name != "vit without pooling" else out.last_hidden_state.mean(1)
-    torch.testing.assert_close(found[:3], own, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(pooled(model, batches[:1], how="first"), out.last_hidden_state[:, 0])
-    torch.testing.assert_close(pooled(model, batches[:1], how="mean"), out.last_hidden_state.mean(1))
-    if name == "vit without pooling":
-        with pytest.raises(ValueError, match="this ViTModel has none"):
-            pooled(model, batches, how="pooler")
-
-
-def test_padding_does_not_count():
-    model = encoder("bert").eval()
-    ids, mask = torch.tensor([[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]]), torch.tensor([[1, 1, 1, 0, 0], [1] * 5])
-    found = pooled(model, [{"input_ids": ids, "attention_mask": mask}], how="mean")
-    alone = pooled(model, [ids[:1, :3]], how="mean")
-    torch.testing.assert_close(found[:1], alone, atol=1e-6, rtol=1e-5)
-
-
-def test_features_of_an_encoder_can_be_aligned():
-    model = encoder("vit")
-    draw = torch.Generator().manual_seed(0)
-    x = pooled(model, [torch.randn(10, 3, 16, 16, generator=draw)] * 2, progress=True)
-    fit = align(x, some_triplets(20, 30), epochs=2, progress=True)
-    assert fit(x).isfinite().all() and fit.weight.grad is None
-
-
 def test_bad_input_is_named():
     x, triplets = planted()
     cases = [
@@ -409,22 +265,13 @@ def test_bad_input_is_named():
         (lambda: neighbourhood_loss(x[:2], x[:2]), "B at least 3"),
         (lambda: neighbourhood_loss(x, x, 0), "temperature must be above 0"),
         (lambda: identity_penalty(x), "weight must be"),
-        (lambda: neighbourhood_overlap(x, x, 60), "above k = 60"),
-        (lambda: representational_similarity(x, x, similarity="given"), "given similarities must be"),
-        (lambda: representational_similarity(x, x, similarity="l2"), "similarity must be"),
-        (lambda: object_folds(triplets, 1), "folds must be at least 2"),
         (lambda: GlocalTransform(0), "dim must be at least 1"),
         (lambda: GlocalTransform(3, scale=0), "scale must be above 0"),
         (lambda: GlocalTransform(3)(x), "x must have 3 features"),
-        (lambda: pooled(encoder("vit"), []), "batches must hold at least one"),
-        (lambda: pooled(encoder("vit"), [], how="max"), "how must be"),
     ]
     for call, named in cases:
         with pytest.raises(ValueError, match=named):
             call()
-    classifier = t.ViTForImageClassification(t.ViTConfig(**VISION, patch_size=8))
-    with pytest.raises(TypeError, match="ViTForImageClassification gave none"):
-        pooled(classifier, [torch.zeros(1, 3, 16, 16)])
 
 
 def test_a_loss_that_is_not_finite_is_an_error():

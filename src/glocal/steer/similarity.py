@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glocal.progress import shown
 from glocal.steer.method import check_range
 
 __all__ = [
@@ -18,12 +17,7 @@ __all__ = [
     "align",
     "identity_penalty",
     "neighbourhood_loss",
-    "neighbourhood_overlap",
-    "object_folds",
-    "odd_one_out_accuracy",
     "odd_one_out_loss",
-    "pooled",
-    "representational_similarity",
 ]
 
 
@@ -93,7 +87,7 @@ def odd_one_out_loss(x: Tensor, triplets: Tensor) -> Tensor:
     >>> odd_one_out_loss(torch.zeros(3, 2), torch.tensor([[0, 1, 2]]))  # log 3
     tensor(1.0986)
     """
-    return _odd(_pairs(x, triplets))
+    return _odd(pair_products(x, triplets))
 
 
 def neighbourhood_loss(x: Tensor, y: Tensor, temperature: float = 0.1) -> Tensor:
@@ -115,7 +109,7 @@ def neighbourhood_loss(x: Tensor, y: Tensor, temperature: float = 0.1) -> Tensor
             f"x and y must be (B, C) and (B, D), B at least 3; they were {tuple(x.shape)}, {tuple(y.shape)}"
         )
     _positive("temperature", temperature)
-    teacher, student = (_others(_cosines(_float(each)) / temperature) for each in (x.detach(), y))
+    teacher, student = (_others(cosines(in_float(each)) / temperature) for each in (x.detach(), y))
     return -(teacher.softmax(1) * student.log_softmax(1)).sum(1).mean()
 
 
@@ -166,14 +160,14 @@ def align(
     some epochs, and the weights of its lowest point are kept. Equal seeds give equal weights.
 
     Args:
-        features: ``(M, C)``, one row an object; `pooled` makes them.
+        features: ``(M, C)``, one row an object; `glocal.steer.features.pooled` makes them.
         triplets: ``(T, 3)`` as for `odd_one_out_loss`.
         kind: see above.
         local_features: ``(N, C)`` of other pictures whose neighbours are to stay; the objects' own where None.
         alpha: weight of the neighbourhood loss.
         temperature: of it.
         penalty: weight of the penalty.
-        held_out: triplets ``(S, 3)``; of `object_folds`, so that no object is in both.
+        held_out: triplets ``(S, 3)``; of `glocal.bench.similarity.object_folds`, so that no object is in both.
         held_out_local: features ``(K, C)``; the training ones where None.
         optimizer: SGD with a momentum of 0.9, or Adam.
         lr: learning rate; over the first ``ramp`` epochs it rises from a third of it.
@@ -205,7 +199,7 @@ def align(
         odd_one_out_accuracy(transform(features), test)
     """
     _check_features("features", features, 2)
-    _check_triplets(triplets, len(features))
+    check_triplets(triplets, len(features))
     if kind not in ("glocal", "global", "naive"):
         raise ValueError(f"kind must be 'glocal', 'global' or 'naive'; it was {kind!r}")
     if optimizer not in ("sgd", "adam"):
@@ -218,7 +212,7 @@ def align(
     for name, count, least in [*((*each, 1) for each in counts.items()), ("local_batch", local_batch, 3)]:
         if count < least:
             raise ValueError(f"{name} must be at least {least}; it was {count}")
-    device, x = features.device, _float(features)
+    device, x = features.device, in_float(features)
     mean, std = x.mean(), x.std(correction=0)
     if not bool(std > 0):
         raise ValueError("features must differ: all were the same number")
@@ -227,7 +221,7 @@ def align(
     for name, each in (("local_features", others), ("held_out_local", others_held)):
         _check_features(name, each, 3, features.shape[1])
     if held_out is not None:
-        _check_triplets(held_out, len(features), "held_out")
+        check_triplets(held_out, len(features), "held_out")
 
     transform = GlocalTransform(features.shape[1], bias=bias, scale=scale).to(device, x.dtype)
     transform.mean.copy_(mean)
@@ -246,7 +240,7 @@ def align(
     schedule = torch.optim.lr_scheduler.LinearLR(made, 1 / 3, total_iters=ramp)
     draw = torch.Generator().manual_seed(seed)
     best, since = (math.inf, transform.state_dict()), 0
-    for _ in _shown(epochs, progress):
+    for _ in shown(range(epochs), progress):
         sums = {"odd": 0.0, "local": 0.0}
         order = torch.randperm(len(triplets), generator=draw).to(device)
         for chosen in order.split(batch):
@@ -281,157 +275,7 @@ def align(
     return transform
 
 
-def object_folds(triplets: Tensor, folds: int = 4, *, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Splits of triplets ``(T, 3)`` by objects: to train, and to test, each time with other objects held out.
-
-    The objects are dealt into ``folds``. What is held out are the triplets of one fold's objects only, to train are
-    those without any of them; a triplet with objects of both is in neither. The authors use the first split.
-
-    Raises:
-        ValueError: triplets that are none; folds below 2.
-    """
-    _check_triplets(triplets)
-    if folds < 2:
-        raise ValueError(f"folds must be at least 2; it was {folds}")
-    objects, places = triplets.unique(return_inverse=True)
-    order = torch.randperm(len(objects), generator=torch.Generator().manual_seed(seed)).to(triplets.device)
-    fold = (order % folds)[places]
-    return [(triplets[(fold != n).all(1)], triplets[(fold == n).all(1)]) for n in range(folds)]
-
-
-@torch.no_grad()
-def odd_one_out_accuracy(x: Tensor, triplets: Tensor) -> float:
-    """Share of triplets whose first two have the greatest dot product; ties are wrong. As for `odd_one_out_loss`.
-
-    For cosines give rows of length 1.
-    """
-    scores = _pairs(x, triplets)
-    return float((scores[:, 0] > scores[:, 1:].amax(1)).double().mean())
-
-
-@torch.no_grad()
-def neighbourhood_overlap(x: Tensor, y: Tensor, k: int = 10) -> float:
-    """Share of the ``k`` nearest neighbours by cosine that rows have in common in ``x (M, C)`` and ``y (M, D)``.
-
-    Raises:
-        ValueError: rows of different numbers, or not more than ``k`` of them.
-    """
-    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or not 0 < k < len(x):
-        raise ValueError(
-            f"x and y must be (M, C) and (M, D), M above k = {k} > 0; they were {tuple(x.shape)}, {tuple(y.shape)}"
-        )
-    near = [_cosines(_float(each)).fill_diagonal_(-math.inf).topk(k, dim=1).indices for each in (x, y)]
-    return float((near[0][:, :, None] == near[1][:, None, :].to(x.device)).any(2).double().mean())
-
-
-@torch.no_grad()
-def representational_similarity(
-    x: Tensor, y: Tensor, *, similarity: Literal["correlation", "cosine", "dot", "given"] = "correlation"
-) -> float:
-    """Spearman's rank correlation of what is alike in two sets of features: representational similarity analysis.
-
-    Args:
-        x: ``(M, C)``.
-        y: ``(M, D)``, of the same objects.
-        similarity: of two rows; ``given`` where both are matrices ``(M, M)`` of similarities already, of which the
-            upper triangles count.
-
-    Raises:
-        ValueError: rows of different numbers, or fewer than three; another similarity.
-    """
-    if similarity not in ("correlation", "cosine", "dot", "given"):
-        raise ValueError(f"similarity must be 'correlation', 'cosine', 'dot' or 'given'; it was {similarity!r}")
-    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or len(x) < 3:
-        raise ValueError(
-            f"x and y must be (M, C) and (M, D), M at least 3; they were {tuple(x.shape)}, {tuple(y.shape)}"
-        )
-    if similarity == "given" and not (x.shape == y.shape == (len(x), len(x))):
-        raise ValueError(f"given similarities must be (M, M); they were {tuple(x.shape)} and {tuple(y.shape)}")
-    ranks = []
-    for each in (x.double(), y.double().to(x.device)):
-        if similarity == "correlation":
-            each = each - each.mean(1, keepdim=True)
-        if similarity != "given":
-            each = each @ each.T if similarity == "dot" else _cosines(each)
-        values = each[torch.triu(torch.ones_like(each, dtype=torch.bool), 1)]
-        _, place, count = values.unique(return_inverse=True, return_counts=True)
-        rank = (count.cumsum(0) - (count.double() - 1) / 2)[place]  # ties share their mean rank
-        ranks.append(rank - rank.mean())
-    return float(F.cosine_similarity(ranks[0], ranks[1], dim=0))
-
-
-@torch.no_grad()
-def pooled(
-    model: Any,
-    batches: Iterable[Tensor | Mapping[str, Any]],
-    *,
-    how: Literal["auto", "pooler", "first", "mean"] = "auto",
-    progress: bool = False,
-) -> Tensor:
-    """One feature vector of an encoder for each input.
-
-    Args:
-        model: an encoder of transformers: ``CLIPVisionModel``, ``ViTModel``, ``BertModel`` and the like.
-        batches: the model's arguments, or its main one: pixel values, token numbers.
-        how: ``pooler``, the model's own pooling; ``first``, the final state of the first token; ``mean``, of all
-            tokens that ``attention_mask`` does not hide; ``auto`` is ``pooler`` where the model has it, else ``mean``.
-        progress: show a bar, by rich.
-
-    Returns:
-        ``(N, C)`` in float32, on the model's device.
-
-    Raises:
-        TypeError: a model that gives no final states ``(B, T, C)``, such as a ``CLIPModel``: take its image tower.
-        ValueError: no batches; ``pooler`` of a model without.
-    """
-    if how not in ("auto", "pooler", "first", "mean"):
-        raise ValueError(f"how must be 'auto', 'pooler', 'first' or 'mean'; it was {how!r}")
-    device, found = next(model.parameters()).device, []
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        for batch in _shown(batches, progress):
-            given = {model.main_input_name: batch} if isinstance(batch, Tensor) else batch
-            inputs = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in given.items()}
-            found.append(_pool(model(**inputs), inputs.get("attention_mask"), how, type(model).__name__).float())
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    if not found:
-        raise ValueError("batches must hold at least one; there was none")
-    return torch.cat(found)
-
-
-def _pool(out: Any, real: Tensor | None, how: str, name: str) -> Tensor:
-    states, pooler = getattr(out, "last_hidden_state", None), getattr(out, "pooler_output", None)
-    if how == "pooler" and pooler is None:
-        raise ValueError(f"how must not be 'pooler': this {name} has none")
-    if pooler is not None and how in ("auto", "pooler"):
-        found: Tensor = pooler
-        return found
-    if states is None or states.ndim != 3:
-        raise TypeError(f"model must be an encoder with final states (B, T, C); {name} gave none")
-    wide: Tensor = states
-    if how == "first":
-        return wide[:, 0]
-    if real is None:
-        return wide.mean(1)
-    return (wide * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
-
-
-def _shown(steps: int | Iterable[Any], progress: bool) -> Iterator[Any]:
-    """The steps, with a bar where it is asked for."""
-    items = range(steps) if isinstance(steps, int) else steps
-    bar: Any = nullcontext()
-    if progress:
-        from rich.progress import Progress
-
-        bar = Progress(transient=True)
-    with bar:
-        yield from bar.track(items) if progress else items
-
-
-def _float(x: Tensor) -> Tensor:
+def in_float(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -440,11 +284,11 @@ def _positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be above 0; it was {value}")
 
 
-def _pairs(x: Tensor, triplets: Tensor) -> Tensor:
+def pair_products(x: Tensor, triplets: Tensor) -> Tensor:
     """Dot products ``(T, 3)``: first and second, first and third, second and third."""
     _check_features("x", x, 1)
-    _check_triplets(triplets, len(x))
-    return _products(_float(x), triplets.to(x.device))
+    check_triplets(triplets, len(x))
+    return _products(in_float(x), triplets.to(x.device))
 
 
 def _products(x: Tensor, triplets: Tensor) -> Tensor:
@@ -456,7 +300,7 @@ def _odd(scores: Tensor) -> Tensor:
     return F.cross_entropy(scores, scores.new_zeros(len(scores), dtype=torch.long))
 
 
-def _cosines(x: Tensor) -> Tensor:
+def cosines(x: Tensor) -> Tensor:
     x = F.normalize(x, dim=1)
     return x @ x.T
 
@@ -473,7 +317,7 @@ def _check_features(name: str, x: Tensor, least: int, dim: int | None = None) ->
         raise ValueError(f"{name} must be numbers (N, {want}), N at least {least}; it was {x.dtype} {tuple(x.shape)}")
 
 
-def _check_triplets(triplets: Tensor, objects: int | None = None, name: str = "triplets") -> None:
+def check_triplets(triplets: Tensor, objects: int | None = None, name: str = "triplets") -> None:
     if triplets.ndim != 2 or triplets.shape[1] != 3 or not len(triplets) or triplets.is_floating_point():
         raise ValueError(f"{name} must be whole numbers (T, 3), T at least 1; it was {tuple(triplets.shape)}")
     low, high = int(triplets.min()), int(triplets.max())
