@@ -39,6 +39,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, MistralConfi
 from transformers.utils.logging import disable_progress_bar
 
 from glocal.bench.corpus import python_source, to_ids
+from glocal.bench.table import markdown, markdown_row
 from glocal.hf import adapt
 from glocal.hf.cache import CoreContextCache, HeavyHitterCache, WindowSinksCache
 
@@ -294,13 +295,13 @@ def main() -> None:
     check(rows, model, pieces)
     print(f"{args.pieces} pieces of {args.length:,} bytes, {job.prefill:,} at once; a budget of {job.budget} tokens.")
     head = ("policy", "bits per byte", "above full", "MiB after prefill", "MiB at the end", "grows", "ms a step")
-    print(f"\n| {' | '.join(head)} |\n|{' --- |' * len(head)}")
+    print(f"\n{markdown(head, ())}")
     whole = measure(rows[0], model, pieces, job)
     error = (whole.bits - parallel(model, pieces, job.prefill, causal(args.length, job))).abs().max()
     assert error < 1e-4, f"decoding with the full cache is {error:.1e} bits off the parallel form"
     for policy in rows:
         result = whole if policy is rows[0] else measure(policy, model, pieces, job)
-        print(f"| {' | '.join([policy.name, *cells(result, whole)])} |", flush=True)
+        print(markdown_row([policy.name, *cells(result, whole)]), flush=True)
 
 
 def cells(result: Result, whole: Result) -> list[str]:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from glocal import nn as layers
 from glocal.bench.probe import resident
+from glocal.bench.table import markdown, markdown_row
 from glocal.cache import Cache
 from glocal.models.vision.fit import FIT
 
@@ -324,12 +325,11 @@ def write(page: Path, rows: list[list[str]]) -> None:
     """Both tables; what was not measured stays as it was."""
     old = page.read_text().splitlines() if page.exists() else []
     known = {line.split("|")[1].strip(): line for line in old if line.startswith("| ")}
-    known |= {row[0]: f"| {' | '.join(row)} |" for row in rows}
+    known |= {row[0]: markdown_row(row) for row in rows}
     text = ["# What each mechanism costs", "", *__doc__.strip().splitlines()[4:], ""]
     text += ["![Time against length](pictures/costs.png)", ""]
     for head, cases, after in ((FORWARD_HEAD, CASES, ["", DECODING_TEXT, ""]), (DECODING_HEAD, DECODING, [])):
-        text += [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
-        text += [known[name] for name in cases if name in known] + after
+        text += [markdown(head, ()), *(known[name] for name in cases if name in known), *after]
     page.write_text("\n".join(text) + "\n")
 
 

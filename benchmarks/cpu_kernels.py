@@ -26,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from glocal import attend
 from glocal.bench.probe import resident
+from glocal.bench.table import markdown_row
 from glocal.kernels import native
 from glocal.patterns import Causal, Pattern, Prefix, Sliding, Window
 
@@ -342,7 +343,7 @@ def main() -> None:
     def show(rows: list[tuple[str, ...]]) -> None:
         for row in rows:
             if options.markdown:
-                print("| " + " | ".join(row) + " |", flush=True)
+                print(markdown_row(row), flush=True)
             else:
                 print("".join(f"{cell:<31}" if i == 1 else f"{cell:<17}" for i, cell in enumerate(row)), flush=True)
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
+from glocal.bench.table import markdown, markdown_row
 from glocal.hf import adapt
 
 VARIANTS = {
@@ -34,6 +35,8 @@ SIZES = {
     "byte model": dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8),
     "8 layers of 512": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8),
 }
+
+HEAD = ("model", "tokens", "attention", "prefill", "times as fast", "attention alone", "times as fast")
 
 
 class Clock:
@@ -82,9 +85,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
-    print(
-        f"| model | tokens | attention | prefill | times as fast | attention alone | times as fast |\n|{' --- |' * 7}"
-    )
+    print(markdown(HEAD, ()))
     for title, sizes in SIZES.items():
         torch.manual_seed(0)
         heads = sizes["num_attention_heads"] // 2
@@ -96,9 +97,8 @@ def main() -> None:
             found = measure(lambda where, ids=ids, model=model: prefill(model, ids, where), options.repeat)
             whole, inside = found["full, transformers' sdpa"]
             for name, (seconds, attention) in found.items():
-                ratios = f"{whole / seconds:.2f} | {attention:.3f} s | {inside / attention:.1f}"
-                shown = name.replace("|", r"\|")
-                print(f"| {title} | {length:,} | {shown} | {seconds:.3f} s | {ratios} |", flush=True)
+                row = [title, f"{length:,}", name, f"{seconds:.3f} s", f"{whole / seconds:.2f}"]
+                print(markdown_row([*row, f"{attention:.3f} s", f"{inside / attention:.1f}"]), flush=True)
 
 
 if __name__ == "__main__":

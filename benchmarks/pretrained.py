@@ -20,6 +20,7 @@ from pathlib import Path
 
 from glocal.bench.causal import Settings, compare
 from glocal.bench.causal_table import headline, tables
+from glocal.bench.table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "pretrained.md"
@@ -38,7 +39,7 @@ def compared() -> str:
     result = compare(Settings(model="bytes"), step)
     parts = [headline(result)]
     for table in tables(result):
-        parts.append(f"**{table.title}**\n\n{_table(table.header, table.rows)}")
+        parts.append(f"**{table.title}**\n\n{markdown(table.header, table.rows)}")
     return "\n\n".join(parts)
 
 
@@ -59,17 +60,12 @@ def retrofitted() -> str:
                 cost = "" if row["cost"] is None else f"{row['cost']:.1%} {about['counts']}"
                 first = (f"{about['steps']} steps, {about['seconds']:.0f} s, {about['learned']:,} learned") * (n == 0)
                 rows.append((name * (n == 0), row["attention"], f"{row['bits_per_byte']:.4f}", cost, first))
-    return _table(("retrofit", "attention", "bits per byte", "cost", "training"), rows)
+    return markdown(("retrofit", "attention", "bits per byte", "cost", "training"), rows)
 
 
 def peers(python: str) -> str:
     """benchmarks/cache_peers.py, in its own environment."""
     return _output([python, ROOT / "benchmarks" / "cache_peers.py"])
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]] | tuple[tuple[str, ...], ...]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _output(command: list[str | Path]) -> str:

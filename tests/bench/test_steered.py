@@ -9,10 +9,12 @@ from glocal.bench import steered
 from glocal.bench.pope import poll, polled
 from glocal.bench.run import Interrupted
 from glocal.bench.scenes import scenes
-from glocal.bench.steered import PLAIN, WAYS, Settings, ask_both, evaluate, example, views_of
+from glocal.bench.steered import Settings, ask_both, evaluate, example, views_of
 from glocal.bench.steered_report import pictured, render
-from glocal.bench.steered_table import caption_table, headline, markdown, poll_table, refusals
-from glocal.bench.vlm import ask, load, read_picture
+from glocal.bench.steered_table import caption_table, headline, poll_table, refusals
+from glocal.bench.table import markdown
+from glocal.bench.vlm import Way, ask, load, read_picture
+from glocal.bench.ways import PLAIN, WAYS, _writers
 from tests.bench.tiny_vlm import write
 
 
@@ -43,6 +45,10 @@ def test_answers_are_those_of_generate_and_of_a_batch(vlm, photos):
 @pytest.mark.parametrize("name", WAYS)
 def test_every_way_answers_and_leaves_the_model(vlm, photos, name):
     before = ask(vlm, photos, QUESTIONS, WAYS[PLAIN], 4)
+    if name == "var":  # random weights have no sinks
+        with pytest.raises(ValueError, match="no such sinks"):
+            ask(vlm, photos, QUESTIONS, WAYS[name], 4)
+        return
     one = ask(vlm, photos, QUESTIONS, WAYS[name], 4)
     alone = [ask(vlm, [p], [q], WAYS[name], 4)[0] for p, q in zip(photos, QUESTIONS, strict=True)]
     after = ask(vlm, photos, QUESTIONS, WAYS[PLAIN], 4)
@@ -65,6 +71,22 @@ def test_both_answers_side_by_side(vlm):
     assert len(views_of(ask_both(vlm, image, question, "paint", max_tokens=2), image).axes) == 1
 
 
+def test_what_carve_shows_instead_is_drawn_and_asked_about(vlm):
+    image, question = example(3)
+    found = ask_both(vlm, image, question, "carve", max_tokens=4)
+    assert found.shown is not None and max(found.shown.size) >= 96
+    assert found.steered.text == ask(vlm, [found.shown], [question], WAYS[PLAIN], 4)[0].text
+    assert [axes.get_title() for axes in views_of(found, image).axes] == ["picture", "what is asked about instead"]
+
+
+def test_heads_that_write_what_is_named_are_found_once(vlm):
+    chosen = _writers(vlm)
+    assert len(chosen) == 1  # of four, the tenth and at least one
+    assert _writers(vlm) is chosen
+    with WAYS["heads"].enter(vlm, [], []) as method:
+        assert method.heads == chosen and method.factor == 2.0
+
+
 def test_the_evaluation_is_counted_by_hand(vlm):
     settings = Settings(methods=(PLAIN, "agla"), scenes=4, captions=2, count=2)
     result = evaluate(vlm, settings, batch=5)
@@ -74,7 +96,8 @@ def test_the_evaluation_is_counted_by_hand(vlm):
         asked = poll(some, "popular", 2, settings.seed)
         said = [ask(vlm, [some[n].image()], [q.text], WAYS[row.name], 4)[0].text for n, q in asked]
         assert row.polled[1] == polled(said, [question for _, question in asked])
-        assert row.chair is not None and row.token > 0
+        assert row.chair is not None and row.token > 0 and row.held > 0
+    assert result.rows[1].held > 1.5 * result.rows[0].held  # a second branch has a second cache
     assert result.rows[0].name == PLAIN and not any(row.refused for row in result.rows)
 
 
@@ -85,8 +108,8 @@ def test_tables_sentence_and_page(vlm):
     assert page.count("data:image/png") == 1 and "glocal steer" in page
     table = poll_table(result)
     assert len(table.rows) == 9 and table.rows[0][-1] == "-" and table.rows[3][-1][0] in "+-"
-    assert caption_table(result).rows[0][-1] == "1.0x"
-    assert len(markdown(table).splitlines()) == 11
+    assert [caption_table(result).rows[0][n] for n in (-1, -3)] == ["1.0x", "1.0x"]
+    assert len(markdown(table.header, table.rows).splitlines()) == 11
     assert "2 held-out scenes" in headline(result) and not refusals(result).rows
 
 
@@ -94,7 +117,7 @@ def test_what_does_not_fit_is_told_and_the_rest_goes_on(vlm, monkeypatch):
     def refuse(*_):
         raise ValueError("no <tower> here")
 
-    monkeypatch.setitem(steered.WAYS, "paint", steered.Way("paint", "refuses", refuse))
+    monkeypatch.setitem(WAYS, "paint", Way("paint", "refuses", refuse))
     result = evaluate(vlm, Settings(methods=("paint", PLAIN), scenes=1, captions=0, count=1))
     assert [row.refused for row in result.rows] == ["no <tower> here", ""]
     assert refusals(result).rows == (("paint", "no <tower> here"),)
@@ -106,7 +129,7 @@ def test_interrupted_it_says_what_was_done(vlm, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(steered.WAYS, "paint", steered.Way("paint", "stops", stop))
+    monkeypatch.setitem(WAYS, "paint", Way("paint", "stops", stop))
     with pytest.raises(Interrupted) as caught:
         evaluate(vlm, Settings(methods=(PLAIN, "paint"), scenes=1, captions=0, count=1))
     assert [row.name for row in caught.value.partial.rows] == [PLAIN]

@@ -18,7 +18,7 @@ def recipe():
 def write(folder: Path) -> Path:
     """Weights large enough that answers depend on the picture."""
     script = recipe()
-    model = script["start"](32, 3, lr=1e-3, seed=0).model.eval()
+    model = script["start"](32, 4, lr=1e-3, seed=0).model.llava.eval()
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -4,68 +4,22 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from glocal.bench.held import HeldBytes
 from glocal.bench.pope import NEGATIVES, Chair, Polled, chair, poll, polled
 from glocal.bench.run import Interrupted, Step
 from glocal.bench.scenes import Scene, scenes
 from glocal.bench.vlm import SCENES, Answer, Vlm, Way, ask
-from glocal.steer.agla import AGLA, View
-from glocal.steer.matcher import SelfMatcher
-from glocal.steer.paint import PAINT
+from glocal.bench.ways import PLAIN, WAYS, way
+from glocal.steer.agla import View
 
-__all__ = ["PLAIN", "WAYS", "Asked", "Evaluation", "Row", "Settings", "ask_both", "evaluate", "views_of"]
-
-PLAIN = "plain"
-
-
-@dataclass(frozen=True)
-class _RandomParts:
-    """A matcher that finds anything relevant: what fusion is worth without knowing where to look."""
-
-    seed: int = 0
-
-    def __call__(self, images: Sequence[Any], questions: Sequence[str]) -> list[tuple[NDArray[Any], float]]:
-        draw = np.random.default_rng(self.seed)
-        return [(draw.random((8, 8)), 1.0) for _ in images]
-
-
-def _agla(**settings: Any) -> Callable[..., AbstractContextManager[Any]]:
-    matcher = settings.pop("matcher", None)
-
-    def enter(vlm: Vlm, images: Sequence[Any], questions: Sequence[str]) -> AGLA:
-        found = matcher or SelfMatcher(vlm.model, vlm.processor, prompt=vlm.prompt, views=2)
-        common: dict[str, Any] = dict(beta=0.1, keep=0.5)
-        return AGLA(
-            vlm.model,
-            processor=vlm.processor,
-            images=images,
-            questions=questions,
-            matcher=found,
-            **(common | settings),
-        )
-
-    return enter
-
-
-WAYS: dict[str, Way] = {
-    way.name: way
-    for way in (
-        Way(PLAIN, "the model as it is"),
-        Way("agla", "fused with the relevant half of the picture, its own cache (S001)", _agla()),
-        Way("agla-first", "the same as the authors' code has it: the first token only", _agla(first_token_only=True)),
-        Way("agla-random", "fused with random parts of the picture: a control", _agla(matcher=_RandomParts())),
-        Way("paint", "scores of local and summary image tokens raised (S081)", lambda vlm, *_: PAINT(vlm.model)),
-    )
-}
-"""Ways of answering by name; `PLAIN` is the model as it is."""
+__all__ = ["Asked", "Evaluation", "Row", "Settings", "ask_both", "evaluate", "views_of"]
 
 
 @dataclass(frozen=True)
@@ -76,12 +30,14 @@ class Asked:
         plain, steered: the answers.
         words: the likeliest first tokens of either, as text, with their probability in both.
         views: what AGLA saw; empty for other ways.
+        shown: the picture that the steered answer is of, where the way has put another in its place.
     """
 
     plain: Answer
     steered: Answer
     words: tuple[tuple[str, float, float], ...]
     views: tuple[View, ...]
+    shown: Any = None
 
 
 def ask_both(vlm: Vlm, image: Any, question: str, name: str, *, words: int = 5, max_tokens: int = 32) -> Asked:
@@ -90,22 +46,22 @@ def ask_both(vlm: Vlm, image: Any, question: str, name: str, *, words: int = 5, 
     Raises:
         ValueError: an unknown way, or what it refuses.
     """
-    way = _way(name)
+    chosen = way(name)
     views: list[View] = []
-    seen = Way(way.name, way.about, lambda *args: _Kept(way.enter(*args), views), way.pictures)
+    pictures: list[Any] = []
+
+    def show(*args: Any) -> Sequence[Any]:
+        pictures[:] = chosen.pictures(*args)
+        return pictures
+
+    seen = replace(chosen, enter=lambda *args: _Kept(chosen.enter(*args), views), pictures=show)
     plain = ask(vlm, [image], [question], WAYS[PLAIN], max_tokens)[0]
     steered = ask(vlm, [image], [question], seen, max_tokens)[0]
     best = torch.maximum(plain.first, steered.first).topk(min(words, len(plain.first))).indices
     said = tuple(
         (vlm.processor.tokenizer.decode([int(n)]), float(plain.first[n]), float(steered.first[n])) for n in best
     )
-    return Asked(plain, steered, said, tuple(views))
-
-
-def _way(name: str) -> Way:
-    if name not in WAYS:
-        raise ValueError(f"method must be one of {', '.join(WAYS)}; it was {name!r}")
-    return WAYS[name]
+    return Asked(plain, steered, said, tuple(views), None if pictures[0] is image else pictures[0])
 
 
 class _Kept(AbstractContextManager[Any]):
@@ -123,21 +79,23 @@ class _Kept(AbstractContextManager[Any]):
 
 
 def views_of(asked: Asked, image: Any) -> Any:
-    """A figure: the picture, the relevance of its parts over it, and what was kept; the picture alone without views."""
+    """A figure: the picture; the relevance of its parts over it and what was kept, or what was shown in its place."""
     from matplotlib.figure import Figure
 
-    view = asked.views[0] if asked.views else None
-    figure = Figure(figsize=(9.6, 3.6) if view else (3.6, 3.6), layout="constrained")
-    panels = figure.subplots(1, 3 if view else 1, squeeze=False)[0]
-    titles = ("picture", "relevance to the question", "what the second branch sees")
-    for panel, title in zip(panels, titles, strict=False):
+    drawn: list[tuple[str, Any, Any]] = [("picture", image, None)]
+    for view in asked.views[:1]:
+        drawn.append(("relevance to the question", image, view.heat))
+        drawn.append(("what the second branch sees", view.picture, None))
+    if asked.shown is not None:
+        drawn.append(("what is asked about instead", asked.shown, None))
+    figure = Figure(figsize=(max(3.6, 3.2 * len(drawn)), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
+    for panel, (title, picture, heat) in zip(panels, drawn, strict=True):
         panel.set_title(title, fontsize=11)
         panel.set_axis_off()
-    panels[0].imshow(image)
-    if view:
-        panels[1].imshow(image)
-        panels[1].imshow(view.heat, cmap="inferno", alpha=0.6, vmin=0, vmax=1)
-        panels[2].imshow(view.picture)
+        panel.imshow(picture)
+        if heat is not None:
+            panel.imshow(heat, cmap="inferno", alpha=0.6, vmin=0, vmax=1)
     figure.suptitle(f"plain: {asked.plain.text or '(nothing)'}   steered: {asked.steered.text or '(nothing)'}")
     return figure
 
@@ -167,7 +125,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in self.methods:
-            _way(name)
+            way(name)
         for name, value in (("scenes", self.scenes), ("count", self.count)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; it was {value}")
@@ -184,6 +142,7 @@ class Row:
         polled: for random, popular and adversarial negatives.
         chair: of captions; None where none were asked for.
         token: seconds of a token of the captions, prefill and matcher included; of the answers where there are none.
+        held: the most bytes that tensors held at once while one picture was described, the model's weights aside.
         refused: why it could not run; then nothing else is told.
     """
 
@@ -192,6 +151,7 @@ class Row:
     polled: tuple[Polled, ...] = ()
     chair: Chair | None = None
     token: float = 0.0
+    held: int = 0
     refused: str = ""
 
 
@@ -235,32 +195,36 @@ def evaluate(vlm: Vlm, settings: Settings, step: Step = lambda *_: None, batch: 
 
 
 def _measured(
-    vlm: Vlm, way: Way, some: list[Scene], settings: Settings, step: Step, done: int, total: int, batch: int
+    vlm: Vlm, chosen: Way, some: list[Scene], settings: Settings, step: Step, done: int, total: int, batch: int
 ) -> Row:
     each = len(NEGATIVES) + (settings.captions > 0)
     found, tokens, start = [], 0, time.perf_counter()
     for n, how in enumerate(NEGATIVES):
-        step(f"{way.name}, {how}", done * each + n, total)
+        step(f"{chosen.name}, {how}", done * each + n, total)
         asked = poll(some, how, settings.count, settings.seed)
-        said = list(_answers(vlm, way, [(some[n], q.text) for n, q in asked], batch, 4))
+        said = list(_answers(vlm, chosen, [(some[n], q.text) for n, q in asked], batch, 4))
         tokens += sum(answer.tokens for answer in said)
         found.append(polled([answer.text for answer in said], [question for _, question in asked]))
     spent = time.perf_counter() - start
     described = None
     if settings.captions:
-        step(f"{way.name}, captions", done * each + len(NEGATIVES), total)
+        step(f"{chosen.name}, captions", done * each + len(NEGATIVES), total)
         shown = some[: settings.captions]
         start = time.perf_counter()
-        said = list(_answers(vlm, way, [(scene, "Describe the picture.") for scene in shown], batch, 40))
+        said = list(_answers(vlm, chosen, [(scene, "Describe the picture.") for scene in shown], batch, 40))
         spent, tokens = time.perf_counter() - start, sum(answer.tokens for answer in said)
         described = chair([answer.text for answer in said], shown)
-    return Row(way.name, way.about, tuple(found), described, spent / max(1, tokens))
+    with HeldBytes() as held:
+        list(_answers(vlm, chosen, [(some[0], "Describe the picture.")], 1, 40))
+    return Row(chosen.name, chosen.about, tuple(found), described, spent / max(1, tokens), held.peak)
 
 
-def _answers(vlm: Vlm, way: Way, asked: Sequence[tuple[Scene, str]], batch: int, max_tokens: int) -> Iterable[Answer]:
+def _answers(
+    vlm: Vlm, chosen: Way, asked: Sequence[tuple[Scene, str]], batch: int, max_tokens: int
+) -> Iterable[Answer]:
     for at in range(0, len(asked), batch):
         part = asked[at : at + batch]
-        yield from ask(vlm, [scene.image() for scene, _ in part], [text for _, text in part], way, max_tokens)
+        yield from ask(vlm, [scene.image() for scene, _ in part], [text for _, text in part], chosen, max_tokens)
 
 
 def example(seed: int, noise: float = 0.0, opacity: float = 1.0) -> tuple[Any, str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from glocal.bench.pope import NEGATIVES
-from glocal.bench.steered import PLAIN, Evaluation, Row
-from glocal.bench.table import Table, time
+from glocal.bench.steered import Evaluation, Row
+from glocal.bench.table import Table, size, time
+from glocal.bench.ways import PLAIN
 
-__all__ = ["caption_table", "headline", "markdown", "poll_table", "refusals", "tables"]
+__all__ = ["caption_table", "headline", "poll_table", "refusals", "tables"]
 
 
 def poll_table(result: Evaluation) -> Table:
@@ -34,7 +35,7 @@ def poll_table(result: Evaluation) -> Table:
 
 def caption_table(result: Evaluation) -> Table:
     """Captions, and what a token takes."""
-    header = ("method", "CHAIR_i", "CHAIR_s", "recall", "words", "a token", "times plain")
+    header = ("method", "CHAIR_i", "CHAIR_s", "recall", "words", "a token", "times plain", "memory", "times plain")
     legend = (
         "the way of steering",
         "share of things named that are not there",
@@ -43,15 +44,19 @@ def caption_table(result: Evaluation) -> Table:
         "length of a caption",
         "time of a token, with prefill and all that the method adds",
         "this time relative to the plain model's",
+        "the most that tensors held at once for one picture, weights aside",
+        "this memory relative to the plain model's",
     )
-    plain = next((row.token for row in result.rows if row.name == PLAIN), None)
+    plain = next((row for row in result.rows if row.name == PLAIN), None)
     rows = []
     for row in _measured(result):
-        times = "-" if plain is None else f"{row.token / plain:.1f}x"
+        times, held = "-", "-"
+        if plain is not None:
+            times, held = f"{row.token / plain.token:.1f}x", f"{row.held / plain.held:.1f}x"
         c = row.chair
         figures = ("-",) * 4 if c is None else (f"{c.instances:.3f}", f"{c.sentences:.3f}", f"{c.recall:.3f}")
         words = () if c is None else (f"{c.length:.1f}",)
-        rows.append((row.name, *figures, *words, time(row.token), times))
+        rows.append((row.name, *figures, *words, time(row.token), times, size(row.held), held))
     return Table("Describe the picture", header, legend, tuple(rows))
 
 
@@ -81,12 +86,6 @@ def headline(result: Evaluation) -> str:
     )
     worse = [row.name for row in others if _accuracy(row) < _accuracy(plain)]
     return said + (f" Worse than plain: {', '.join(worse)}." if worse else "")
-
-
-def markdown(table: Table) -> str:
-    """A table for docs."""
-    lines = [table.header, ("---",) * len(table.header), *table.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _measured(result: Evaluation) -> list[Row]:

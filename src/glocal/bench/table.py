@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from glocal.bench.compare import Comparison, Cost, Fidelity
 
-__all__ = ["Table", "best", "cost_table", "fidelity_table", "headline", "size", "tables", "time"]
+__all__ = [
+    "Table",
+    "best",
+    "cost_table",
+    "fidelity_table",
+    "headline",
+    "markdown",
+    "markdown_row",
+    "size",
+    "tables",
+    "time",
+]
 
 _NONE = "-"
 
@@ -30,6 +42,27 @@ class Table:
             else:
                 found.append(([name], meaning))
         return tuple((", ".join(names), meaning) for names, meaning in found)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown, from a `Table`'s header and rows or any others.
+
+    >>> print(markdown(("pattern", "pairs"), [("full()", "100 %")]))
+    | pattern | pairs |
+    | --- | --- |
+    | full() | 100 % |
+    """
+    return "\n".join(markdown_row(row) for row in (header, ("---",) * len(header), *rows))
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    r"""One row of such a table; a bar in a cell, as in a pattern's text, is escaped.
+
+    >>> print(markdown_row(("sliding(3, 0) | sinks(1)", "25 %")))
+    | sliding(3, 0) \| sinks(1) | 25 % |
+    """
+    escaped = (cell.replace("|", r"\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"
 
 
 def time(seconds: float) -> str:

@@ -14,9 +14,10 @@ from rich.table import Table as RichTable
 from glocal.bench import steered, steered_table
 from glocal.bench.run import Interrupted
 from glocal.bench.vlm import SCENES, load, read_picture
+from glocal.bench.ways import PLAIN, WAYS
 from glocal.cli.output import print_table, progress, writable, write
 
-_METHODS = ", ".join(name for name in steered.WAYS if name != steered.PLAIN)
+_METHODS = ", ".join(name for name in WAYS if name != PLAIN)
 
 
 def steer(
@@ -54,7 +55,7 @@ def steer(
         if evaluate:
             if image is not None or ask is not None:
                 raise ValueError("--evaluate asks its own questions; leave out --image and --ask")
-            chosen = tuple(dict.fromkeys([steered.PLAIN, *method])) if method else ()
+            chosen = tuple(dict.fromkeys([PLAIN, *method])) if method else ()
             settings = steered.Settings(model, chosen, scenes, noise, opacity, captions=min(40, scenes), seed=seed or 5)
             _evaluate(settings, report, json_file, errors)
             return
