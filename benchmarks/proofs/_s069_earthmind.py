@@ -15,10 +15,8 @@ standard errors. Shu et al., 2025, arXiv 2506.01667.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from scene_bed import CELL, COLOUR, PRESENT, Bed, Questions, plain_batch, questions, scenes, train
 from torch import Tensor, nn
 
@@ -41,33 +39,14 @@ def answer_rows(count: int) -> Tensor:
     return (torch.arange(SIDE * SIDE + 3) == SIDE * SIDE + 2).expand(count, -1)
 
 
-def by_adamw(bed: Bed, steps: int, extra: Callable[[Questions], Tensor] | None = None) -> Bed:
-    """TB1's batches, 3e-3 with a cosine; ``extra`` is added to the loss."""
-    draw = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(bed.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    bed.train()
-    for _ in range(steps):
-        cells, asked = plain_batch(draw)
-        loss = F.cross_entropy(bed.logits(cells, asked), asked.answer)
-        if extra is not None:
-            loss = loss + extra(asked)
-        loss.backward()
-        nn.utils.clip_grad_norm_(bed.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return bed.eval()
-
-
 def prompted(layer: int | None, steps: int) -> Bed:
     """TB1 from scratch, with the loss on a layer or without."""
     torch.manual_seed(0)
     bed = Bed(3)
     if layer is None:
-        return by_adamw(bed, steps)
+        return train(bed, plain_batch, steps, muon=False)
     with SpatialPrompting(bed.model, queries=answer_rows(64), layers=[layer], spans=bed.spans(64)) as prompting:
-        return by_adamw(bed, steps, lambda asked: WEIGHT * prompting.loss(masks(asked)))
+        return train(bed, plain_batch, steps, extra=lambda asked: WEIGHT * prompting.loss(masks(asked)), muon=False)
 
 
 def by_muon(steps: int) -> Bed:

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bed import kept
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -30,7 +29,6 @@ SIDE, SHAPES, COLOURS = 48, 4, 4
 MEAN, STD = 0.5, 0.25
 NOISE = (0.0, 0.2)  # of training pictures
 _PAINT = np.array([[40, 180, 60], [50, 80, 220], [230, 210, 40], [60, 210, 220]], dtype=np.float32) / 255
-_BEDS = Path(__file__).parents[2] / "build" / "beds"
 
 
 @dataclass
@@ -174,29 +172,25 @@ def train(bed: Bed, batch: Callable[[np.random.Generator], Batch], steps: int, s
     return bed.eval()
 
 
-def kept(name: str, batch: Callable[[np.random.Generator], Batch], steps: int) -> Bed:
-    """A bed whose weights are on disk, or trained and written."""
-    path = _BEDS / f"{name}.safetensors"
-    torch.manual_seed(0)
-    bed = Bed()
-    bed.clip.text_model.requires_grad_(False)
-    if path.exists():
-        bed.load_state_dict(load_file(path), strict=False)
-        return bed.eval()
-    bed = train(bed, batch, steps)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in bed.state_dict().items()}, path)
-    return bed
+def trained(name: str, batch: Callable[[np.random.Generator], Batch], steps: int) -> Bed:
+    """A bed whose text model stays as it is."""
+
+    def make() -> Bed:
+        bed = Bed()
+        bed.clip.text_model.requires_grad_(False)
+        return bed
+
+    return kept(name, make, lambda bed: train(bed, batch, steps))
 
 
 def largest_bed(steps: int = 900) -> Bed:
     """Captions name the largest object."""
-    return kept("tb4_largest", largest_batch, steps)
+    return trained("tb4_largest", largest_batch, steps)
 
 
 def ring_bed(share: float = 0.25, steps: int = 800) -> Bed:
     """Captions name one of three objects, ringed in red on a share of the pictures."""
-    return kept(f"tb4_ring_{round(share * 100)}", lambda draw: ring_batch(draw, share), steps)
+    return trained(f"tb4_ring_{round(share * 100)}", lambda draw: ring_batch(draw, share), steps)
 
 
 @torch.no_grad()

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from scene_bed import kept
+from bed import fit, kept, tiny_llama
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 KEYS, VALUES, QUESTIONS = 40, 16, 4
 VALUE, ASK = KEYS, KEYS + VALUES  # the first value, and asking
@@ -69,19 +68,7 @@ class Retrieval(nn.Module):
 
     def __init__(self, heads: int) -> None:
         super().__init__()
-        self.model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=VOCAB,
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=heads,
-                max_position_embeddings=4096,
-                bos_token_id=None,
-                eos_token_id=None,
-                pad_token_id=None,
-            )
-        )
+        self.model = tiny_llama(VOCAB, 2, heads=heads, positions=4096)
 
     def embed(self, seen: Lookups) -> Tensor:
         """Prompts ``(B, n + q, 64)``."""
@@ -97,19 +84,10 @@ class Retrieval(nn.Module):
         return F.cross_entropy(logits[:, seen.key.shape[1] :].flatten(0, 1), seen.answer.flatten() + VALUE)
 
 
-def fit(bed: Retrieval, batch: Callable[[torch.Generator], Lookups], steps: int, seed: int = 0) -> Retrieval:
-    """Steps at 3e-3 with a cosine."""
-    draw = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(bed.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    bed.train()
-    for _ in range(steps):
-        bed.loss(batch(draw)).backward()
-        nn.utils.clip_grad_norm_(bed.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return bed.eval()
+def train(bed: Retrieval, batch: Callable[[torch.Generator], Lookups], steps: int) -> Retrieval:
+    """Steps of `fit`."""
+    draw = torch.Generator().manual_seed(0)
+    return fit(bed, lambda: bed.loss(batch(draw)), steps)
 
 
 def _some(low: int, high: int, draw: torch.Generator) -> int:
@@ -118,19 +96,17 @@ def _some(low: int, high: int, draw: torch.Generator) -> int:
 
 def plain_bed(steps: int = 400) -> Retrieval:
     """TB2, trained on 2 to 16 pairs: two heads of 32, base 10000."""
-    torch.manual_seed(0)
     return kept(
-        "tb2", lambda: Retrieval(2), lambda bed: fit(bed, lambda draw: lookups(64, _some(2, 16, draw), draw), steps)
+        "tb2", lambda: Retrieval(2), lambda bed: train(bed, lambda draw: lookups(64, _some(2, 16, draw), draw), steps)
     )
 
 
 def tagged_bed(steps: int = 1200) -> Retrieval:
     """Tagged TB2, trained on 2 to 8 keys: four heads of 16."""
-    torch.manual_seed(0)
     return kept(
         "tb2_tagged",
         lambda: Retrieval(4),
-        lambda bed: fit(bed, lambda draw: tagged(64, _some(2, 8, draw), draw), steps),
+        lambda bed: train(bed, lambda draw: tagged(64, _some(2, 8, draw), draw), steps),
     )
 
 

@@ -15,9 +15,9 @@ import argparse
 
 import torch
 import torch.nn.functional as F
+from bed import fit, tiny_llama
 from scene_bed import CELL, COLOURS, SHAPES, codes
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from glocal.papers.verdict import verdict
 from glocal.steer.tracker import VPTracker, jitter
@@ -33,19 +33,7 @@ class Finder(nn.Module):
         super().__init__()
         self.project = nn.Linear(CELL + 1, 64)
         self.places = nn.Parameter(torch.randn(SIDE * SIDE, 64) * 0.3)
-        self.model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=LAST,
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=64,
-                bos_token_id=None,
-                eos_token_id=None,
-                pad_token_id=None,
-            )
-        )
+        self.model = tiny_llama(LAST, 2)
 
     def forward(self, cells: Tensor, template: Tensor, region: Tensor, attentions: bool = False) -> tuple[Tensor, ...]:
         """Logits ``(B, 36)``, and the last row's attention to cells ``(B, H, 36)`` in the first layer."""
@@ -109,14 +97,8 @@ def train(prior: bool, steps: int, seed: int) -> Finder:
     torch.manual_seed(seed)
     finder, draw = Finder(), torch.Generator().manual_seed(seed)
     finder.model.set_attn_implementation("eager")
-    matrices = [p for p in finder.model.model.layers.parameters() if p.dim() > 1]
-    others = [p for p in finder.parameters() if all(p is not matrix for matrix in matrices)]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=3e-3),
-    ]
-    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) for optimizer in optimizers]
-    for _ in range(steps):
+
+    def loss() -> Tensor:
         shape, colour, places = objects(64, draw)
         alone = torch.rand(64, generator=draw) < 0.5
         places[alone, 1] = -1
@@ -131,14 +113,9 @@ def train(prior: bool, steps: int, seed: int) -> Finder:
         target = places[:, 0]
         # A tenth of the loss asks the last row to look at the target: retrieval sets in earlier.
         mass = seen.mean(1).gather(1, target[:, None])
-        loss = F.cross_entropy(logits, target) - 0.1 * mass.clamp(min=1e-6).log().mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(finder.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-    return finder.eval()
+        return F.cross_entropy(logits, target) - 0.1 * mass.clamp(min=1e-6).log().mean()
+
+    return fit(finder, loss, steps, muon=finder.model.model.layers)
 
 
 def step(places: Tensor, draw: torch.Generator) -> Tensor:

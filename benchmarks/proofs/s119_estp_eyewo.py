@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from bed import fit, tiny_llama
 from scene_bed import CELL, COLOURS, SHAPES, codes
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 from glocal.bench.estp import GroundTruth, Prediction, sweep
 from glocal.papers.verdict import verdict
+from glocal.steer.actions import Actions
 from glocal.steer.compression import (
     COMPRESSED,
     HIGH,
@@ -32,14 +33,13 @@ from glocal.steer.compression import (
     REPLY,
     Compressor,
     Segments,
-    ask_high_frames,
     interleave,
-    interval_targets,
     kept,
     segment_mask,
     select_cache,
 )
-from glocal.steer.streaming import Actions, StreamingAssistant
+from glocal.steer.streaming import StreamingAssistant
+from glocal.steer.targets import ask_high_frames, interval_targets
 
 SILENT, RESPOND, ASK, COLOUR, QUERY, RECALL, END, VOCAB = 0, 1, 2, 3, 7, 15, 23, 24
 FRAMES, CELLS, NOISE, BATCH = 60, 4, 1.0, 32
@@ -53,44 +53,13 @@ class Watcher(nn.Module):
         super().__init__()
         self.project = nn.Linear(CELL, 64)
         self.high = nn.Parameter(torch.randn(64) * 0.02)
-        self.model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=VOCAB,
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=layers,
-                num_attention_heads=4,
-                max_position_embeddings=512,
-                bos_token_id=None,
-                eos_token_id=None,
-                pad_token_id=None,
-            )
-        )
+        self.model = tiny_llama(VOCAB, layers, positions=512)
 
     def low_view(self, pooled: Tensor) -> Tensor:
         return self.project(pooled)
 
     def high_view(self, cells: Tensor) -> Tensor:
         return self.project(cells) + self.high
-
-
-def fit(parts: nn.Module, loss: Callable[[int], Tensor], steps: int) -> None:
-    """Muon for the layers' matrices, AdamW for the rest, 3e-3, cosine."""
-    named = dict(parts.named_parameters())
-    matrices = [p for name, p in named.items() if p.dim() == 2 and ("layers" in name or "maps" in name)]
-    others = [p for p in named.values() if all(p is not m for m in matrices)]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=3e-3),
-    ]
-    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) for optimizer in optimizers]
-    for step in range(steps):
-        loss(step).backward()
-        nn.utils.clip_grad_norm_(list(named.values()), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
 
 
 # Part one: timing.
@@ -195,15 +164,14 @@ def train(watcher: Watcher, pool: list[Video], way: str, steps: int, seed: int, 
     draw = torch.Generator().manual_seed(seed)
     layouts = [layout(seen, way, draw, wrong) for seen, wrong in zip(pool, errors, strict=True)]
 
-    def loss(step: int) -> Tensor:
+    def loss() -> Tensor:
         some = torch.randint(len(pool), (BATCH,), generator=draw).tolist()
         embeds, targets, weights = batch(watcher, [pool[n] for n in some], [layouts[n] for n in some], draw)
         logits = watcher.model(inputs_embeds=embeds, use_cache=False).logits
         each = F.cross_entropy(logits.flatten(0, 1), targets.flatten().clamp(min=0), reduction="none")
         return (each * weights.flatten()).sum() / weights.sum()
 
-    fit(watcher, loss, steps)
-    return watcher.eval()
+    return fit(watcher, loss, steps, muon=watcher.model.model.layers)
 
 
 @torch.no_grad()
@@ -342,7 +310,7 @@ def learn(watcher: Watcher, compressor: Compressor | None, tokens: int, steps: i
     mask = segment_mask(kinds[None], number[None]) if compressor is not None else None
     said = (one != COMPRESSED).nonzero()[-2, 0] + len(one) * torch.arange(TURNS)  # the token of response
 
-    def loss(step: int) -> Tensor:
+    def loss() -> Tensor:
         embeds, asked, answers, colours = turns(watcher, BATCH, draw)
         if compressor is not None:
             embeds = spread(embeds, one, compressor.embedding)
@@ -353,11 +321,12 @@ def learn(watcher: Watcher, compressor: Compressor | None, tokens: int, steps: i
         recall = F.cross_entropy(logits[:, -4:].flatten(0, 1), answers.flatten())
         return recall + 0.3 * F.cross_entropy(logits[:, said].flatten(0, 1), colours.flatten())
 
+    layers = list(watcher.model.model.layers)
     if compressor is None:
-        fit(watcher, loss, steps)
+        fit(watcher, loss, steps, muon=layers)
     else:
         with compressor.on(watcher.model):
-            fit(nn.ModuleList([watcher, compressor]), loss, steps)
+            fit(nn.ModuleList([watcher, compressor]), loss, steps, muon=[*layers, *compressor.maps])
 
 
 @torch.no_grad()

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from bed import fit, kept, tiny_llama
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from glocal.steer.spans import SpanMap
 
@@ -25,7 +23,6 @@ SHAPES, COLOURS, CELL = 8, 4, 24
 START, COLOUR, PRESENT, DESCRIBE = 0, 1, 2, 3  # tokens: what is asked
 SHAPE, ANSWER = 4, 12  # first shape, first colour
 YES, NO, NONE, VOCAB = 16, 17, 18, 19
-_BEDS = Path(__file__).parents[2] / "build" / "beds"
 
 
 @dataclass
@@ -103,19 +100,7 @@ class Bed(nn.Module):
         super().__init__()
         self.cells = cells
         self.project = nn.Linear(CELL, 64)
-        self.model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=VOCAB,
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=layers,
-                num_attention_heads=4,
-                max_position_embeddings=64,
-                bos_token_id=None,
-                eos_token_id=None,
-                pad_token_id=None,
-            )
-        )
+        self.model = tiny_llama(VOCAB, layers)
 
     def embed(self, cells: Tensor, asked: Questions) -> Tensor:
         """Prompts ``(B, 28, 64)`` of cells ``(B, 25, 24)`` and questions."""
@@ -191,57 +176,28 @@ def train(
     batch: Callable[[torch.Generator], Batch],
     steps: int,
     seed: int = 0,
-    extra: Callable[[Bed, Tensor, Questions], Tensor] | None = None,
+    *,
+    extra: Callable[[Questions], Tensor] | None = None,
+    muon: bool = True,
 ) -> Bed:
-    """Steps at 3e-3 with a cosine; ``extra`` is a loss of its own on a batch, added.
-
-    The layers' matrices are trained by Muon: with AdamW alone some seeds have learned nothing after 1,800 steps.
-    """
+    """Steps of `fit`, the layers' matrices by Muon or not; ``extra`` is a loss of its own, added."""
     draw = torch.Generator().manual_seed(seed)
-    matrices = [p for p in bed.model.model.layers.parameters() if p.dim() > 1]
-    others = [p for p in bed.parameters() if all(p is not matrix for matrix in matrices)]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=3e-3),
-    ]
-    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) for optimizer in optimizers]
-    bed.train()
-    for _ in range(steps):
+
+    def loss() -> Tensor:
         cells, asked = batch(draw)
-        loss = F.cross_entropy(bed.logits(cells, asked), asked.answer)
-        if extra is not None:
-            loss = loss + extra(bed, cells, asked)
-        loss.backward()
-        nn.utils.clip_grad_norm_(bed.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-    return bed.eval()
+        found = F.cross_entropy(bed.logits(cells, asked), asked.answer)
+        return found if extra is None else found + extra(asked)
 
-
-def kept(name: str, make: Callable[[], Bed], fit: Callable[[Bed], Bed]) -> Bed:
-    """A bed whose weights are on disk, or trained and written."""
-    path = _BEDS / f"{name}.safetensors"
-    bed = make()
-    if path.exists():
-        bed.load_state_dict(load_file(path), strict=False)
-        return bed.eval()
-    bed = fit(bed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in bed.state_dict().items()}, path)
-    return bed
+    return fit(bed, loss, steps, muon=bed.model.model.layers if muon else ())
 
 
 def plain_bed() -> Bed:
     """TB1, trained: three layers, 1,000 steps."""
-    torch.manual_seed(0)
     return kept("tb1", lambda: Bed(3), lambda bed: train(bed, plain_batch, 1000))
 
 
 def zoom_bed() -> Bed:
     """TB1z, trained: two layers, 2,000 steps."""
-    torch.manual_seed(0)
     return kept("tb1z", lambda: Bed(2), lambda bed: train(bed, zoom_batch, 2000))
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from scene_bed import kept
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from bed import fit, kept, tiny_llama
+from torch import Tensor
+from transformers import LlamaForCausalLM
 
 TOPICS, WORDS, LETTERS, CHARS = 8, 4, 8, 3  # words a topic; letters there are; letters of a word
 START, TOPIC, LETTER = 0, 1, 1 + TOPICS  # tokens: start, first topic, first letter
@@ -57,40 +57,23 @@ def in_topic(sentences: Tensor, topic: int) -> Tensor:
 
 def new_model() -> LlamaForCausalLM:
     """Three layers of 64 with four heads, random weights."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
-    )
+    return tiny_llama(VOCAB, 3)
 
 
 def train(model: LlamaForCausalLM, steps: int = 500, seed: int = 0) -> LlamaForCausalLM:
-    """64 texts a step, 3e-3 with a cosine."""
+    """64 texts a step."""
     draw = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    model.train()
-    for _ in range(steps):
+
+    def loss() -> Tensor:
         ids = texts(64, draw)
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return model.eval()
+        found: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return found
+
+    return fit(model, loss, steps)
 
 
 def text_bed() -> LlamaForCausalLM:
     """TB3, trained."""
-    torch.manual_seed(0)
     return kept("tb3", new_model, train)
 
 
