@@ -61,6 +61,14 @@ def test_causal_in_chunks(chunk, n):
     same(linear_attend(q, k, v, causal=True, chunk=chunk), brute(q, k, v, causal=True), (q, k, v))
 
 
+@pytest.mark.parametrize("fades", [False, True])
+def test_queries_are_the_last_positions(fades):
+    q, k, v = tensors(20)
+    decay = -torch.rand(2, 2, 20, dtype=DOUBLE) if fades else None
+    found = linear_attend(q[:, :, 13:], k, v, causal=True, decay=decay, chunk=6)
+    assert torch.allclose(found, brute(q, k, v, causal=True, decay=decay)[:, :, 13:], atol=1e-12)
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 64])
 def test_what_fades(chunk):
     q, k, v = tensors(19, heads=4)
@@ -263,8 +271,8 @@ def test_bad_settings(change, match):
 
 def test_bad_shapes():
     q, k, v = tensors(9)
-    with pytest.raises(ValueError, match="as many queries as keys"):
-        linear_attend(q[:, :, :3], k, v, causal=True)
+    with pytest.raises(ValueError, match="9 queries cannot be the last positions of 3 keys"):
+        linear_attend(q, k[:, :, :3], v[:, :, :3], causal=True)
     with pytest.raises(ValueError, match="k must have q's batch"):
         linear_attend(q, k[..., :3], v)
     with pytest.raises(ValueError, match="v must be"):

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from glocal.kernels.linear import causal_product
 from glocal.shapes import Bool, Float
@@ -96,7 +97,7 @@ def linear_attend(
         k: keys ``(B, Hkv, M, D)``; H is a multiple of Hkv.
         v: values ``(B, Hkv, M, E)``.
         feature: a name of `FEATURES`, or a function from ``(..., D)`` to features ``(..., F)``.
-        causal: a query sees the keys at and before it; then N must be M.
+        causal: queries are the last positions of the keys, and see those at and before them.
         keys: which keys are real, booleans ``(B, M)``.
         decay: in the causal form, logarithms at most 0 by which all that is before a position fades there, ``(B, Hkv,
             M)``: of pairs, ``exp`` of the sum after ``j`` up to ``i``.
@@ -111,7 +112,8 @@ def linear_attend(
         ``(B, H, N, E)`` in the type of ``q``, and with ``return_state`` the state.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown feature, ``decay`` or unequal lengths with or without ``causal``.
+        ValueError: shapes that do not fit, an unknown feature; ``decay`` without ``causal``; with it, more queries than
+            keys.
 
     >>> q, k, v = torch.randn(3, 1, 2, 100, 16).unbind()
     >>> whole = linear_attend(q, k, v, causal=True)
@@ -142,9 +144,13 @@ def linear_attend(
         sums = state.kv
     group = q.shape[1] // k.shape[1]
     if causal:
-        spread = [t.repeat_interleave(group, 1) if group > 1 and t is not None else t for t in (fk, wide, sums, decay)]
-        fade = None if decay is None else spread[3].to(dtype)
-        out, sums = causal_product(fq, spread[0], spread[1], spread[2].to(dtype), fade, chunk)
+        if group > 1:
+            fk, wide, sums = (t.repeat_interleave(group, 1) for t in (fk, wide, sums))
+            decay = None if decay is None else decay.repeat_interleave(group, 1)
+        fade = None if decay is None else decay.to(dtype)
+        fq = pad(fq, (0, 0, k.shape[2] - q.shape[2], 0))
+        out, sums = causal_product(fq, fk, wide, sums.to(dtype), fade, chunk)
+        out = out[:, :, k.shape[2] - q.shape[2] :]
         sums = sums[:, ::group]
     else:
         sums = sums.to(dtype) + fk.mT @ wide
@@ -181,11 +187,8 @@ def _check(
         raise ValueError(f"v must be {(*k.shape[:3], 'E')}; it was {tuple(v.shape)}")
     if keys is not None and (keys.dtype != torch.bool or keys.shape != (k.shape[0], k.shape[2])):
         raise ValueError(f"keys must be booleans {(k.shape[0], k.shape[2])}; it was {keys.dtype} {tuple(keys.shape)}")
-    if causal and q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"causal needs as many queries as keys: earlier keys belong in state; there were {q.shape[2]} and "
-            f"{k.shape[2]}"
-        )
+    if causal and q.shape[2] > k.shape[2]:
+        raise ValueError(f"causal: {q.shape[2]} queries cannot be the last positions of {k.shape[2]} keys")
     if decay is not None and not causal:
         raise ValueError("decay is over time: it needs causal=True")
     if decay is not None and decay.shape != k.shape[:3]:

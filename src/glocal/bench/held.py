@@ -30,7 +30,7 @@ class HeldBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._seen: dict[int, weakref.ref[Any]] = {}
 

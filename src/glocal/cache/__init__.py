@@ -11,6 +11,7 @@ from glocal.cache.latents import LatentCache
 from glocal.cache.roles import TokenRoles
 from glocal.cache.rows import BlockRowCache
 from glocal.cache.selected import BestTokens, SelectedTokens
+from glocal.cache.state import StateCache
 from glocal.cache.window import WindowCache
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Kept",
     "LatentCache",
     "SelectedTokens",
+    "StateCache",
     "TokenRoles",
     "WindowCache",
     "replay",

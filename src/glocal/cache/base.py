@@ -84,7 +84,8 @@ def _select(value: Any, rows: Tensor) -> Any:
     if isinstance(value, dict):
         return {key: _select(item, rows) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_select(item, rows) for item in value)
+        items = [_select(item, rows) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
 

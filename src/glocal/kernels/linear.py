@@ -38,7 +38,7 @@ def causal_product(
         return v, state
     given = [t.reshape(-1, *t.shape[len(lead) :]) for t in (fq, fk, v, state)]
     fade = None if decay is None else decay.reshape(-1, length)
-    out, last = _CausalProduct.apply(*given, fade, min(chunk, length))
+    out, last = _CausalProduct.apply(*given, fade, min(chunk, length))  # type: ignore[no-untyped-call]
     return out.view(*lead, length, -1), last.view(state.shape)
 
 

@@ -4,6 +4,7 @@ from glocal.nn.aha import AllOrHereAttention, gate_rate
 from glocal.nn.asa import LatentSparseAttention, asa_layers
 from glocal.nn.block import MLP, Block, DropPath, GatedGELU, SwiGLU
 from glocal.nn.block_sparse import BlockSparseAttention
+from glocal.nn.conv import ConvMLP, Depthwise
 from glocal.nn.core_context import CoreContextAttention
 from glocal.nn.descriptor import DescriptorAttention, choose_keyframes
 from glocal.nn.dma import DynamicMaskAttention
@@ -11,7 +12,9 @@ from glocal.nn.frame import USES, Attention, Call
 from glocal.nn.heavy import HeavyHitterAttention
 from glocal.nn.latent import LatentAttention
 from glocal.nn.less_is_more import LessIsMore, select_tokens, unified_topk
+from glocal.nn.linear import LinearAttention
 from glocal.nn.longt5 import LongT5Attention
+from glocal.nn.mala import MagnitudeAwareAttention, magnitude_aware
 from glocal.nn.mixture_of_heads import MixtureOfHeadsAttention, head_balance
 from glocal.nn.moba import MixtureOfBlocksAttention
 from glocal.nn.multiwindow import MultiWindowAttention
@@ -32,7 +35,9 @@ __all__ = [
     "Block",
     "BlockSparseAttention",
     "Call",
+    "ConvMLP",
     "CoreContextAttention",
+    "Depthwise",
     "DescriptorAttention",
     "DropPath",
     "DynamicMaskAttention",
@@ -41,7 +46,9 @@ __all__ = [
     "LatentAttention",
     "LatentSparseAttention",
     "LessIsMore",
+    "LinearAttention",
     "LongT5Attention",
+    "MagnitudeAwareAttention",
     "MixtureOfBlocksAttention",
     "MixtureOfHeadsAttention",
     "MultiScaleWindowAttention",
@@ -59,6 +66,7 @@ __all__ = [
     "choose_keyframes",
     "gate_rate",
     "head_balance",
+    "magnitude_aware",
     "select_tokens",
     "unified_topk",
 ]

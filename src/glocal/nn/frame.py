@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from glocal.attention import attend
 from glocal.cache import Cache, FullCache
+from glocal.nn.conv import Depthwise
 from glocal.nn.rope import Rope
 from glocal.patterns import Causal, Full, Keys, Pattern
 from glocal.scores import Score
@@ -31,6 +32,8 @@ class Call(NamedTuple):
     """Which keys are no padding, ``(B, Nk)`` with the grid flattened; None where all are real."""
     cache: Cache | None
     cross: bool
+    at: tuple[Tensor | None, Tensor | None] = (None, None)
+    """Positions of queries and keys, as rotary embeddings take them."""
 
 
 class Attention(nn.Module):
@@ -52,6 +55,9 @@ class Attention(nn.Module):
         softcap: scores become ``softcap * tanh(scores / softcap)``, as in Gemma 2.
         dropout: of the attention probabilities, in training.
         backend: as in `glocal.attend`.
+        lepe: side of a depthwise convolution of the values over their image, which is added to what is attended to
+            (Dong et al., 2021, arXiv 2107.00652); none where None.
+        gate: multiplies that, before the output projection, by one more projection of the input.
         project: False leaves out the projections, for `mix` and `step` on queries, keys and values made elsewhere.
 
     Raises:
@@ -88,6 +94,8 @@ class Attention(nn.Module):
         softcap: float | None = None,
         dropout: float = 0.0,
         backend: str = "auto",
+        lepe: int | None = None,
+        gate: bool = False,
         project: bool = True,
     ) -> None:
         super().__init__()
@@ -118,6 +126,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(kv_dim, num_kv_heads * self.head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(kv_dim, num_kv_heads * self.head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(num_heads * self.head_dim, dim, bias=out_bias)
+        self.lepe = None if lepe is None else Depthwise(num_heads * self.head_dim, lepe)
+        self.g_proj = nn.Linear(dim, num_heads * self.head_dim, bias=qkv_bias) if gate else None
+        if lepe is not None and (num_kv_heads != num_heads or causal):
+            raise ValueError("lepe needs values of every head and both sides of a token: not num_kv_heads or causal")
         if qk_norm is not None:
             kind = nn.LayerNorm if qk_norm == "layer" else nn.RMSNorm
             wide = qk_norm == "rms_all"
@@ -262,9 +274,16 @@ class Attention(nn.Module):
             ahead = kv.shape[1] - x.shape[1] if x.dim() == 3 else 0
             at_q = self.positions(tuple(x.shape[1:-1]), ahead, x.device)
         q, k, v = self.project(x, kv, at_q, at_k)
-        call = Call(x, kv, None if keys is None else keys.flatten(1), cache, cross)
+        call = Call(x, kv, None if keys is None else keys.flatten(1), cache, cross, (at_q, at_k))
         mixed = self.mix(q, k, v, call) if cache is None else self.step(q, k, v, call, cache)
-        out: Tensor = self.o_proj(mixed.movedim(1, -2).flatten(-2))
+        mixed = mixed.movedim(1, -2).flatten(-2)
+        if self.lepe is not None:
+            if cross or x.dim() != 4:
+                raise ValueError(f"lepe needs an image (B, H, W, {self.dim}) and no context; x was {tuple(x.shape)}")
+            mixed = mixed + self.lepe(v.movedim(1, -2).flatten(-2))
+        if self.g_proj is not None:
+            mixed = mixed * self.g_proj(x)
+        out: Tensor = self.o_proj(mixed)
         return out
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, call: Call, cache: Cache) -> Tensor:

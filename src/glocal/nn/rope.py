@@ -23,6 +23,7 @@ class Rope:
         axes: positions have this many coordinates; each has an equal share of the channels (2 for images).
         scaling: positions are divided by this (linear interpolation).
         interleaved: channel ``2 c`` pairs with ``2 c + 1`` instead.
+        endpoint: the slowest pair turns by ``1 / theta`` a position, as in RMT, instead of a little faster.
 
     Raises:
         ValueError: a head dimension that is no multiple of ``2 axes``.
@@ -39,6 +40,7 @@ class Rope:
     axes: int = 1
     scaling: float = 1.0
     interleaved: bool = False
+    endpoint: bool = False
 
     def __call__(self, x: Float[Tensor, "*lead N D"], position: Tensor) -> Float[Tensor, "*lead N D"]:
         """Rotate ``x (..., N, D)`` to ``position (N,)``, or ``(N, axes)``; leading dimensions broadcast."""
@@ -50,7 +52,8 @@ class Rope:
             position = position.unsqueeze(-1)
         wide = x.dtype if x.dtype == torch.float64 else torch.float32
         share = x.shape[-1] // self.axes
-        rate = self.theta ** -(torch.arange(0, share, 2, device=x.device, dtype=wide) / share)
+        steps = torch.arange(0, share, 2, device=x.device, dtype=wide)
+        rate = self.theta ** -(steps / (max(share - 2, 1) if self.endpoint else share))
         parts = []
         for axis, part in enumerate(x.to(wide).split(share, -1)):
             angle = (position[..., axis, None].to(wide) / self.scaling) * rate
