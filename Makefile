@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 COUNT ?= 2000
 
-.PHONY: demo test check lint types layers unit bench proofs costs cache-peers pretrained fuzz format peers browser clean
+.PHONY: demo test check lint types layers unit bench proofs costs cache-peers pretrained steering fuzz format peers browser clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/glocal compare --report report.html
@@ -52,6 +52,10 @@ cache-peers: $(VENV)/cache-peers/done
 # Everything in docs/pretrained.md, on a quiet machine.
 pretrained: $(VENV)/test.done $(VENV)/cache-peers/done
 	$(BIN)/python benchmarks/pretrained.py --peers-python $(VENV)/cache-peers/bin/python $(ONLY)
+
+# The table in docs/steering.md: every way of steering the shipped vision-language model, on one core.
+steering: $(VENV)/test.done
+	$(BIN)/python benchmarks/steering.py
 
 # The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on COUNT random problems.
 fuzz: $(VENV)/test.done

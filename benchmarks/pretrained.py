@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from page import ROOT, put
+
 from glocal.bench.causal import Settings, compare
 from glocal.bench.causal_table import headline, tables
 from glocal.bench.table import markdown
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "pretrained.md"
 
 
@@ -72,15 +72,6 @@ def _output(command: list[str | Path]) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout.strip()
 
 
-def put(name: str, text: str) -> None:
-    """Replace a part of the page, between its marks."""
-    page = PAGE.read_text(encoding="utf-8")
-    marks = re.compile(rf"(<!-- begin {name} -->).*?(<!-- end {name} -->)", re.DOTALL)
-    if not marks.search(page):
-        raise ValueError(f"{PAGE} has no marks for {name}")
-    PAGE.write_text(marks.sub(lambda m: f"{m[1]}\n{text}\n{m[2]}", page), encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", help="compare, prefill, retrofits, peers; all where none is given")
@@ -98,7 +89,7 @@ def main() -> None:
     for name, job in jobs.items():
         if not args.parts or name in args.parts:
             print(f"{name} ...", file=sys.stderr, flush=True)
-            put(name, job())
+            put(PAGE, name, job())
 
 
 if __name__ == "__main__":
