@@ -1,6 +1,6 @@
 """Does a loss on where the answer looks make a small model learn to find things sooner, and do gates join two sensors?
 
-    python benchmarks/proofs/_s069_earthmind.py [--steps 600] [--fusion-steps 600] [--scenes 1000]
+    python benchmarks/proofs/s069_earthmind.py [--steps 600] [--fusion-steps 600] [--scenes 1000]
 
 Spatial attention prompting: scenes of 5 x 5 cells, three layers, trained from the same seed without the loss, with it
 on the last layer and on the first, weight 0.1: the answer's row is to look at the cell of what is asked. Right answers

@@ -48,7 +48,7 @@ def magnitude_aware(
 
     ``b_i = 1 + 1 / z_i`` and ``g_i = z_i / M``, so that weights sum to one; some are negative. They are those of linear
     attention plus the scores about their mean, which grow with the query. Features are ``elu(x) + 1``. Fan et al.,
-    2025, "Rectifying Magnitude Neglect in Linear Attention".
+    2025, arXiv 2507.00698.
 
     Args:
         q: ``(B, H, N, D)``.
@@ -111,7 +111,7 @@ def magnitude_aware(
 
 
 class MagnitudeAwareAttention(LinearAttention):
-    """MALA (Fan et al., 2025): linear attention whose weights depend on how large the query is.
+    """MALA (Fan et al., 2025, arXiv 2507.00698): linear attention whose weights depend on how large the query is.
 
     Args:
         dim, num_heads: as in `Attention`.

@@ -13,7 +13,7 @@ __all__ = ["MAViT", "mavit_base", "mavit_large", "mavit_small", "mavit_tiny"]
 
 
 class MAViT(Pyramid):
-    """Magnitude-Aware Vision Transformer (Fan et al., 2025, "Rectifying Magnitude Neglect in Linear Attention").
+    """Magnitude-Aware Vision Transformer (Fan et al., 2025, arXiv 2507.00698).
 
     Args:
         dims, depths, num_heads: channels, blocks and heads of each level.
