@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from glocal.hf.attention import attention, refuse
 from glocal.hf.install import Installed
 from glocal.hf.masks import own
 from glocal.patterns import Full
+from glocal.progress import shown
 from glocal.steer.branch import Branch
 from glocal.steer.method import check_range
 from glocal.steer.steering import Steering, language_layers
@@ -180,14 +180,3 @@ def contextual_scores(model: Any, samples: Iterable[FocusSample], *, progress: b
     if not found:
         raise ValueError("samples must hold at least one; there was none")
     return HeadScores(*torch.cat(found, 1).mean(1))
-
-
-def shown(steps: Iterable[Any], progress: bool) -> Iterator[Any]:
-    """The steps, with a bar where it is asked for."""
-    bar: Any = nullcontext()
-    if progress:
-        from rich.progress import Progress
-
-        bar = Progress(transient=True)
-    with bar:
-        yield from bar.track(steps) if progress else steps

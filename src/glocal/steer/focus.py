@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glocal.steer.contextual import FocusSample, Rows, check_sample, mass, prompt_of, read_rows, shown, sinks
+from glocal.progress import shown
+from glocal.steer.contextual import FocusSample, Rows, check_sample, mass, prompt_of, read_rows, sinks
 from glocal.steer.hooks import Run, Site
 from glocal.steer.method import Method, check_range, layer_range
 from glocal.steer.spans import PADDING
