@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glocal.steer.spans import prompt_of
 from glocal.steer.steering import Steering
 
 __all__ = ["Branch", "fuse", "plausible"]
@@ -32,10 +33,7 @@ class Branch:
 
     def __init__(self, model: Any, inputs: Mapping[str, Any], rows: int) -> None:
         steering = self._steering = Steering.of(model)
-        prompt = inputs.get("inputs_embeds")
-        prompt = inputs.get("input_ids") if prompt is None else prompt
-        if prompt is None:
-            raise ValueError("a second branch needs input_ids or inputs_embeds")
+        prompt = prompt_of(inputs)
         self._inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         self._times = rows // len(prompt)
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")

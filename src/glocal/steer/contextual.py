@@ -16,6 +16,7 @@ from glocal.patterns import Full
 from glocal.progress import shown
 from glocal.steer.branch import Branch
 from glocal.steer.method import check_range
+from glocal.steer.spans import prompt_of
 from glocal.steer.steering import Steering, language_layers
 
 __all__ = ["FocusSample", "HeadScores", "Rows", "contextual_scores", "read_rows"]
@@ -109,29 +110,22 @@ def read_rows(model: Any, inputs: Mapping[str, Any], layers: Iterable[int], at: 
 
     installed = Installed(steering._language, keep)
     try:
-        Branch(model, inputs, _batch(inputs)).logits(None)
+        Branch(model, inputs, len(prompt_of(inputs))).logits(None)
     finally:
         installed.remove()
     return found
 
 
-def prompt_of(inputs: Mapping[str, Any]) -> Tensor:
-    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    found = ids if embeds is None else embeds
-    if not isinstance(found, Tensor):
-        raise ValueError("inputs must hold input_ids or inputs_embeds")
-    return found
-
-
-def _batch(inputs: Mapping[str, Any]) -> int:
-    return len(prompt_of(inputs))
+def real_tokens(inputs: Mapping[str, Any]) -> Tensor:
+    """Which positions of the prompt are no padding, by its attention mask; booleans ``(B, N)``."""
+    prompt, mask = prompt_of(inputs), inputs.get("attention_mask")
+    return torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device) if mask is None else mask > 0
 
 
 def sinks(inputs: Mapping[str, Any]) -> Tensor:
     """The first two tokens that are no padding, booleans ``(B, N)``."""
-    prompt, mask = prompt_of(inputs), inputs.get("attention_mask")
-    real = torch.ones(prompt.shape[:2], device=prompt.device) if mask is None else mask
-    return (real > 0) & (real.cumsum(1) <= _SINKS)
+    real = real_tokens(inputs)
+    return real & (real.cumsum(1) <= _SINKS)
 
 
 def check_sample(sample: FocusSample) -> Tensor:

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glocal.progress import shown
-from glocal.steer.contextual import FocusSample, Rows, check_sample, mass, prompt_of, read_rows, sinks
+from glocal.steer.contextual import FocusSample, Rows, check_sample, mass, read_rows, real_tokens, sinks
 from glocal.steer.hooks import Run, Site
 from glocal.steer.method import Method, check_range, layer_range
-from glocal.steer.spans import PADDING
+from glocal.steer.spans import PADDING, prompt_of
 from glocal.steer.steering import language_layers
 
 __all__ = ["Directions", "FocusDirections", "FocusOracle", "focus_oracle", "train_directions"]
@@ -224,9 +224,8 @@ class FocusDirections(Method):
         inputs = run.inputs
         if run.spans is not None and inputs.get("attention_mask") is None:
             inputs = inputs | {"attention_mask": (run.spans.kinds != PADDING).long()}
-        mask, first = inputs.get("attention_mask"), sinks(inputs)
-        real = torch.ones(prompt.shape[:2], device=prompt.device) if mask is None else mask
-        last = (real > 0).long().cumsum(1).argmax(1)  # the last that is no padding
+        first = sinks(inputs)
+        last = real_tokens(inputs).cumsum(1).argmax(1)  # the last that is no padding
         at, rows = last.unique(return_inverse=True)
         read = read_rows(self.model, inputs, self.numbers, at)
         count = sum(int(mask.sum()) for mask in self._chosen.values())

@@ -14,7 +14,7 @@ from torch import Tensor
 from glocal.steer.branch import Branch, plausible
 from glocal.steer.hooks import Run, Site
 from glocal.steer.method import Method, check_range
-from glocal.steer.spans import PADDING, SpanMap
+from glocal.steer.spans import PADDING, SpanMap, prompt_of
 from glocal.steer.tower import TowerAttention, tower_layers
 
 __all__ = ["PAINT", "local_set", "raised", "summary_set", "without_image"]
@@ -306,12 +306,10 @@ def without_image(inputs: Mapping[str, Any], spans: SpanMap) -> dict[str, Tensor
     >>> without_image({"input_ids": ids}, SpanMap.of(ids, image_token=9))["input_ids"]
     tensor([[1, 5]])
     """
-    prompt = {name: inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None}
-    if not prompt:
-        raise ValueError("a prompt without its image needs input_ids or inputs_embeds")
+    prompt_of(inputs)
     keep = (spans.kinds != PADDING) & ~spans.mask("image")
     length = int(keep.sum(1).max())
-    given = dict(inputs) | prompt | {"attention_mask": keep.long()}
+    given = dict(inputs) | {"attention_mask": keep.long()}
     found = {}
     for name, value in given.items():
         if isinstance(value, Tensor) and value.shape[:2] == keep.shape and name != "position_ids":

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from glocal.steer.hooks import Site
 from glocal.steer.method import Method, check_range
+from glocal.steer.spans import prompt_of
 from glocal.steer.steering import language_layers
 
 __all__ = ["Rhythm", "alternatives", "jaccard", "middle_layers", "read_rhythm", "receiver_heads", "rhythm"]
@@ -191,10 +192,11 @@ def read_rhythm(
         ValueError: as in `rhythm`; layers that are not there; a response of another shape than the input.
     """
     _check(response, window, horizon, share, sinks)
-    given = inputs.get("inputs_embeds", inputs.get("input_ids"))
-    if given is None or given.shape[:2] != response.shape:
-        was = "there are none" if given is None else f"they were {tuple(given.shape[:2])}"
-        raise ValueError(f"inputs must hold ids or embeddings of response's {tuple(response.shape)}; {was}")
+    given = prompt_of(inputs).shape[:2]
+    if given != response.shape:
+        raise ValueError(
+            f"inputs must hold ids or embeddings of response's {tuple(response.shape)}; they were {tuple(given)}"
+        )
     if layers is None:
         layers = middle_layers(len(language_layers(model)))
     mask = inputs.get("attention_mask")

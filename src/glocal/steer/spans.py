@@ -10,11 +10,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["KINDS", "Grid", "SpanMap"]
+__all__ = ["KINDS", "Grid", "SpanMap", "prompt_of"]
 
 KINDS = ("padding", "system", "image", "question", "answer")
 """What a position can be, in the order of `SpanMap.kinds`' numbers."""
 PADDING, SYSTEM, IMAGE, QUESTION, ANSWER = range(5)
+
+
+def prompt_of(inputs: Mapping[str, Any]) -> Tensor:
+    """The prompt among a model's arguments, by name: embeddings ``(B, N, C)``, or where none are given ids ``(B, N)``.
+
+    Raises:
+        ValueError: neither is given.
+
+    >>> prompt_of({"input_ids": torch.tensor([[1, 2, 3]]), "inputs_embeds": None}).shape
+    torch.Size([1, 3])
+    """
+    embeds = inputs.get("inputs_embeds")
+    found = inputs.get("input_ids") if embeds is None else embeds
+    if not isinstance(found, Tensor):
+        raise ValueError("inputs must hold input_ids or inputs_embeds")
+    return found
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glocal.steer.hooks import Run, Site
 from glocal.steer.method import Method, check_range
-from glocal.steer.spans import SpanMap
+from glocal.steer.spans import SpanMap, prompt_of
 
 __all__ = ["SpatialPrompting", "choose_objects", "mask_loss", "mask_shares", "spatial_loss"]
 
@@ -209,9 +209,8 @@ class SpatialPrompting(Method):
             raise ValueError(f"attention_dropout must be 0 where attention is trained; the model's is {dropped}")
         ids, queries = run.inputs.get("input_ids"), self.queries
         if isinstance(queries, Tensor):
-            given = ids if run.inputs.get("inputs_embeds") is None else run.inputs["inputs_embeds"]
-            if given is not None and given.shape[:2] != queries.shape:
-                shape = tuple(given.shape[:2])
+            shape = tuple(prompt_of(run.inputs).shape[:2])
+            if shape != tuple(queries.shape):
                 raise ValueError(f"queries must be of the prompt's {shape}; it was {tuple(queries.shape)}")
             looking = queries
         elif ids is None:

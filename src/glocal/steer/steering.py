@@ -18,7 +18,7 @@ from glocal.hf.install import Installed, attention_modules, crosses
 from glocal.hf.masks import Own, own
 from glocal.patterns import Full
 from glocal.steer.hooks import Hooks, Run, Site
-from glocal.steer.spans import SpanMap
+from glocal.steer.spans import SpanMap, prompt_of
 
 __all__ = ["Steering", "language_layers"]
 
@@ -178,12 +178,10 @@ class Steering:
                 method.end(run)
 
     def _new(self, inputs: Mapping[str, Any], generating: bool) -> Run:
-        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        if ids is None and embeds is None:
-            raise ValueError("a steered model needs input_ids or inputs_embeds")
-        given = next((method.spans for method in self._acting if method.spans is not None), None)
-        spans = given if given is not None or ids is None else SpanMap.read(self.model, inputs)
-        length = (ids if embeds is None else embeds).shape[1]  # type: ignore[union-attr]
+        length = prompt_of(inputs).shape[1]
+        spans = next((method.spans for method in self._acting if method.spans is not None), None)
+        if spans is None and inputs.get("input_ids") is not None:
+            spans = SpanMap.read(self.model, inputs)
         return Run(dict(inputs), length, spans, generating)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
