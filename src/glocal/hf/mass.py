@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from glocal.hf.attention import refuse
 from glocal.hf.install import Installed
 from glocal.hf.masks import own
+from glocal.hf.rows import Rows, product
 from glocal.patterns import Pattern, parse
 
 __all__ = ["KeptMass", "recorded"]
@@ -86,36 +87,21 @@ def _full(
     value: Tensor,
     mask: Tensor | None,
     patterns: Sequence[Pattern],
-    *,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    position_bias: Tensor | None = None,
-    softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, int]:
     """Full attention ``(B, H, Nq, Dv)``, kept sums ``(patterns, H)`` and the number of real queries."""
     refuse(options)
-    mine = own(module, query, key.shape[2], mask, is_causal)
+    mine = own(module, query, key.shape[2], mask, options.get("is_causal"))
     key, value = key[:, :, : mine.end], value[:, :, : mine.end]
-    batch, heads, count, width = query.shape
+    batch, heads, count, _ = query.shape
     grid_q, grid_k = mine.pattern.check(count, key.shape[2])
-    key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
-    scale = width**-0.5 if scaling is None else scaling
     real = torch.ones(batch, count, dtype=torch.bool, device=query.device)
     if mask is not None and mask.dim() == 2:
         real = mask[:, -count:].bool()
     outs, sums = [], torch.zeros(len(patterns), heads, dtype=torch.float64, device=query.device)
     for rows in torch.arange(count, device=query.device).split(max(1, _BUDGET // max(1, batch * heads * key.shape[2]))):
-        scores = (query[:, :, rows] @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        for added in (mine.bias, position_bias):
-            if added is not None:
-                scores = scores + (added if added.shape[-2] == 1 else added[..., rows, :])
-        scores = scores.masked_fill(~mine.pattern.rows(rows, grid_q, grid_k), -torch.inf)
-        # A row with no key gives zeros, as everywhere in glocal.
-        probability = scores.softmax(-1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
-        outs.append(probability.to(value.dtype) @ value)
+        probability = Rows.of(mine, query, key, rows, options).weights()
+        outs.append(product(probability.to(value.dtype), value))
         weighted = probability * real[:, None, rows, None]
         lives = [pattern.rows(rows, grid_q, grid_k) for pattern in patterns]
         # Patterns that all heads share are one batched product of matrices: ten times as fast as masking for each.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from glocal.hf.attention import attention, refuse
 from glocal.hf.install import Installed
 from glocal.hf.masks import own
+from glocal.hf.rows import Rows
 from glocal.patterns import Full
 from glocal.progress import shown
 from glocal.steer.branch import Branch
@@ -19,7 +20,7 @@ from glocal.steer.method import check_range
 from glocal.steer.spans import prompt_of
 from glocal.steer.steering import Steering, language_layers
 
-__all__ = ["FocusSample", "HeadScores", "Rows", "contextual_scores", "read_rows"]
+__all__ = ["FocusSample", "HeadScores", "contextual_scores", "read_rows"]
 
 _SINKS = 2  # the first tokens, which take the attention that no other needs
 
@@ -53,28 +54,6 @@ class HeadScores(NamedTuple):
         return [(at // heads, at % heads) for at in order]
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A layer's queries ``(B, H, R, D)`` and keys ``(B, Hkv, N, D)`` after rotation, what is added to scores."""
-
-    query: Tensor
-    key: Tensor
-    bias: Tensor
-    scale: float
-    softcap: float | None
-
-    def weights(self, shift: Tensor | None = None) -> Tensor:
-        """Attention ``(B, H, R, N)`` of the queries, moved by a shift ``(H, 1, D)`` or ``(B, H, 1, D)``."""
-        query = self.query.to(torch.promote_types(self.query.dtype, torch.float32))
-        query = query if shift is None else query + shift
-        key = self.key.to(query.dtype).repeat_interleave(query.shape[1] // self.key.shape[1], 1)
-        scores = query @ key.mT * self.scale
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        scores = scores + self.bias
-        return scores.softmax(-1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
-
-
 @torch.no_grad()
 def read_rows(model: Any, inputs: Mapping[str, Any], layers: Iterable[int], at: Tensor) -> dict[int, Rows]:
     """Queries and keys of a prompt in the model as it is, whatever steers it; one prefill.
@@ -86,7 +65,7 @@ def read_rows(model: Any, inputs: Mapping[str, Any], layers: Iterable[int], at: 
         at: positions of the queries, ``(R,)``.
 
     Returns:
-        For each layer its `Rows`.
+        For each layer its rows, the queries in float32 or wider.
     """
     steering, wanted = Steering.of(model), set(layers)
     found: dict[int, Rows] = {}
@@ -98,14 +77,8 @@ def read_rows(model: Any, inputs: Mapping[str, Any], layers: Iterable[int], at: 
         if layer in wanted:
             refuse(options)
             mine = own(module, query, key.shape[2], mask, options.get("is_causal"))
-            rows, scale = at.to(query.device), options.get("scaling")
-            live = mine.pattern.rows(rows, *mine.pattern.check(query.shape[2], key.shape[2]))
-            bias = torch.zeros(live.shape, device=query.device).masked_fill(~live, -torch.inf)
-            for added in (mine.bias, options.get("position_bias")):
-                if added is not None:
-                    bias = bias + (added if added.shape[-2] == 1 else added[..., rows, :])
-            scale = query.shape[-1] ** -0.5 if scale is None else scale
-            found[layer] = Rows(query[:, :, rows], key, bias, scale, options.get("softcap"))
+            read = Rows.of(mine, query, key, at.to(query.device), options)
+            found[layer] = replace(read, query=read.query.to(torch.promote_types(query.dtype, torch.float32)))
         return attention(module, query, key, value, mask, where=Full(), **options)
 
     installed = Installed(steering._language, keep)

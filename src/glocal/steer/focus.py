@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glocal.hf.rows import Rows
 from glocal.progress import shown
-from glocal.steer.contextual import FocusSample, Rows, check_sample, mass, read_rows, real_tokens, sinks
+from glocal.steer.contextual import FocusSample, check_sample, mass, read_rows, real_tokens, sinks
 from glocal.steer.hooks import Run, Site
 from glocal.steer.method import Method, check_range, layer_range
 from glocal.steer.spans import PADDING, prompt_of

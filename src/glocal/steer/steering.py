@@ -16,6 +16,7 @@ from glocal.hf.attention import attention, refuse
 from glocal.hf.cache import STACK
 from glocal.hf.install import Installed, attention_modules, crosses
 from glocal.hf.masks import Own, own
+from glocal.hf.rows import Rows, probabilities, product
 from glocal.patterns import Full
 from glocal.steer.hooks import Hooks, Run, Site
 from glocal.steer.spans import SpanMap, prompt_of
@@ -301,20 +302,6 @@ def _edited(
     options: Mapping[str, Any],
 ) -> Tensor:
     """Attention of the query rows ``some (R,)``, through scores and weights that methods see; ``(B, R, H, Dv)``."""
-    heads = query.shape[1]
-    key, value = (t[:, :, : site.keys].repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
-    scale = options.get("scaling")
-    scores = (query[:, :, some] @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32))
-    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
-    softcap = options.get("softcap")
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    for added in (mine.bias, options.get("position_bias")):
-        if added is not None:
-            added = added[..., : site.keys]
-            scores = scores + (added if added.shape[-2] == 1 else added[..., some, :])
-    grids = mine.pattern.check(query.shape[2], site.keys)
-    scores = scores.masked_fill(~mine.pattern.rows(some, *grids), -torch.inf)
     within = [(method, torch.isin(some, wanted).nonzero()[:, 0]) for method, wanted in needs]
 
     def through(name: str, tensor: Tensor) -> Tensor:
@@ -326,8 +313,6 @@ def _edited(
                 tensor = changed if every else tensor.index_copy(2, at, changed)
         return tensor
 
-    scores = through("scores", scores)
-    # A row with no key gives zeros, as everywhere in glocal.
-    weights = scores.softmax(-1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
-    weights = through("weights", weights)
-    return (weights.to(value.dtype) @ value).transpose(1, 2)
+    scores = through("scores", Rows.of(mine, query, key, some, options).scores())
+    weights = through("weights", probabilities(scores))
+    return product(weights.to(value.dtype), value[:, :, : site.keys]).transpose(1, 2)
