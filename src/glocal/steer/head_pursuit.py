@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from glocal.hf.install import attention_modules, crosses
 from glocal.steer.method import Method, layer_range
 from glocal.steer.pursuit import lens, pursuit
-from glocal.steer.steering import _KEY, language_layers
+from glocal.steer.steering import _KEY, language_layers, speaker
 
 __all__ = ["HeadRank", "HeadScale", "head_writes", "rank_heads", "top_heads", "unembedding"]
 
@@ -180,10 +180,7 @@ def unembedding(
         TypeError: a model without a head.
         ValueError: no tokens, or with ``gain`` no final norm that is found.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None:
-        inner = getattr(model, "language_model", None)
-        head = getattr(inner, "get_output_embeddings", lambda: None)()
+    head = getattr(speaker(model), "get_output_embeddings", lambda: None)()
     if head is None:
         raise TypeError(f"{type(model).__name__} has no head over a vocabulary")
     if several not in ("first", "mean"):

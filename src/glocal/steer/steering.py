@@ -21,7 +21,7 @@ from glocal.patterns import Full
 from glocal.steer.hooks import Hooks, Run, Site
 from glocal.steer.spans import SpanMap, prompt_of
 
-__all__ = ["Steering", "language_layers"]
+__all__ = ["Steering", "language_layers", "speaker"]
 
 _KEY = "_glocal_steering"
 _BUDGET = 1 << 22  # scores held at a time
@@ -52,6 +52,15 @@ def language_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def speaker(model: Any) -> Any:
+    """The part of a model that takes embeddings, gives logits and generates: most often the model itself.
+
+    BLIP-2 and InstructBLIP let their language model generate by itself.
+    """
+    inner = getattr(model, "language_model", None)
+    return inner if hasattr(inner, "generate") else model
+
+
 class Steering:
     """What is in a model now; use the methods, not this."""
 
@@ -64,9 +73,7 @@ class Steering:
         layers = language_layers(model)
         self.modules = {id(m): n for n, m in enumerate(layers.values())}
         self._language = _smallest(model, layers)
-        # BLIP-2 and InstructBLIP let their language model generate by itself.
-        inner: Any = getattr(model, "language_model", model)
-        self._speaker: Any = inner if hasattr(inner, "generate") else model
+        self._speaker = speaker(model)
         self.generate: Callable[..., Any] = getattr(model, "generate", _cannot)
         # Renamed in transformers 5.
         names = inspect.signature(self._speaker.forward).parameters
