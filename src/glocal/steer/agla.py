@@ -7,19 +7,16 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glocal.steer.branch import Branch, fuse, plausible
+from glocal.steer.branch import Branch, fuse, lowered
 from glocal.steer.hooks import Run
 from glocal.steer.matcher import Matcher
 from glocal.steer.method import Method, check_range
 from glocal.steer.regions import blacked_out, kept_share, pixel_map, top_share
 
 __all__ = ["AGLA", "View"]
-
-_IMPLAUSIBLE = 1e4
 
 
 @dataclass(frozen=True)
@@ -143,9 +140,7 @@ class AGLA(Method):
             if self._branch is None:
                 self._branch = Branch(self.model, self._inputs, len(logits))
             other = self._branch.logits(run.chosen).to(logits.device)
-        fused = fuse(logits, other, self.alpha)
-        # Not minus infinity: where a processor bans all that is plausible, something must be left to choose.
-        return torch.where(plausible(logits, self.beta), fused, fused - _IMPLAUSIBLE)
+        return lowered(fuse(logits, other, self.alpha), logits, self.beta)
 
     def end(self, run: Run) -> None:
         """Drop the branch and its cache."""

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from glocal.steer.spans import prompt_of
 from glocal.steer.steering import Steering
 
-__all__ = ["Branch", "fuse", "plausible"]
+__all__ = ["Branch", "fuse", "lowered", "plausible"]
+
+_IMPLAUSIBLE = 1e4  # what is taken off the logits of implausible tokens
 
 
 class Branch:
@@ -117,3 +119,14 @@ def plausible(logits: Tensor, beta: float) -> Tensor:
     if beta <= 0:
         return torch.ones_like(logits, dtype=torch.bool)
     return logits >= logits.max(-1, keepdim=True).values + math.log(beta)
+
+
+def lowered(fused: Tensor, logits: Tensor, beta: float) -> Tensor:
+    """Fused logits ``(B, V)``, far lower where the model's own find a token implausible; see `plausible`.
+
+    Not minus infinity: where a processor bans all that is plausible, something must be left to choose.
+
+    >>> lowered(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, -1.0]]), 0.5).tolist()
+    [[1.0, -9998.0]]
+    """
+    return torch.where(plausible(logits, beta), fused, fused - _IMPLAUSIBLE)

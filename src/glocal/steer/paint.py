@@ -11,15 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glocal.steer.branch import Branch, plausible
+from glocal.steer.branch import Branch, fuse, lowered
 from glocal.steer.hooks import Run, Site
 from glocal.steer.method import Method, check_range
 from glocal.steer.spans import PADDING, SpanMap, prompt_of
 from glocal.steer.tower import TowerAttention, tower_layers
 
 __all__ = ["PAINT", "local_set", "raised", "summary_set", "without_image"]
-
-_IMPLAUSIBLE = 1e4
 
 
 def local_set(attention: Tensor, share: float = 0.25) -> Tensor:
@@ -219,8 +217,7 @@ class PAINT(Method):
         if self._branch is None:
             self._branch = Branch(self.model, self._blind, len(logits))
         other = self._branch.logits(run.chosen).to(logits.device)
-        fused = torch.where(logits.isneginf(), logits, self.gamma * logits + (1 - self.gamma) * other)
-        return torch.where(plausible(logits, self.plausibility), fused, fused - _IMPLAUSIBLE)
+        return lowered(fuse(self.gamma * logits, other, 1 - self.gamma), logits, self.plausibility)
 
     def end(self, run: Run) -> None:
         """Drop what is of this run only."""
