@@ -269,7 +269,7 @@ def test_what_is_refused():
         model.generate(**inputs, **GREEDY)
     for sinks, message in (
         ([[1]], "one set for each of 2 rows; it had 1"),
-        ([[1], [99]], "positions in a prompt of 24"),
+        ([[1], [99]], "positions among the 24 prompt tokens of row 1"),
         ([[1], torch.ones(3, dtype=torch.bool)], r"as many booleans; it was torch.bool of shape \(3,\)"),
     ):
         with VAR(model, layers=[1], sinks=sinks), pytest.raises(ValueError, match=message):

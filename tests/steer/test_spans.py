@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from glocal.steer.spans import KINDS, Grid, SpanMap
+from glocal.steer.spans import KINDS, Grid, SpanMap, known, prompt_of
 from tests.steer import models
 
 IDS = torch.tensor([[0, 0, 5, 9, 9, 9, 9, 6, 9, 9, 9, 9, 7], [5, 5, 9, 9, 9, 9, 6, 6, 6, 6, 6, 6, 6]])
@@ -43,6 +43,49 @@ def test_padding_on_the_left_shifts_everything():
     plain = SpanMap.of(IDS, image_token=9)
     for row in range(2):
         assert torch.equal(padded.positions(row, "image"), plain.positions(row, "image") + 4)
+
+
+def test_sets_as_positions_and_as_booleans():
+    spans = SpanMap.of(IDS, image_token=9, pad=PAD)
+    booleans = [torch.arange(8) % 7 == 0, torch.tensor([False, True, False, False])]
+    for sets in ([[0, 7], [1]], [torch.tensor([7, 0, 7]), torch.tensor([1])], booleans):
+        found = spans.marked("local", sets, "image")
+        assert found.nonzero().tolist() == [[0, 3], [0, 11], [1, 3]]
+    found = spans.marked("sinks", [[0, 2], torch.arange(13) == 12])
+    assert found.nonzero().tolist() == [[0, 2], [1, 12]]  # the first position is padding
+    nothing = torch.tensor([], dtype=torch.long)
+    assert not spans.marked("sinks", [nothing, nothing]).any()
+    for wrong, message in (
+        ([[0]], "local must have one set for each of 2 rows; it had 1"),
+        ([[0], [4]], "local must be positions among the 4 image tokens of row 1, or as many booleans; it was"),
+        ([[-1], [0]], "among the 8 image tokens of row 0"),
+        ([[0.0], [1.0]], "it was torch.float32"),
+        ([[0], torch.ones(13, dtype=torch.bool)], r"it was torch.bool of shape \(13,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            spans.marked("local", wrong, "image")
+
+
+def test_what_a_prompt_must_have():
+    spans = SpanMap.of(IDS, image_token=9, pad=PAD)
+    spans.check_images("PAINT")
+    spans.check_ends()
+    with pytest.raises(ValueError, match="no image tokens: PAINT needs a picture in every row"):
+        SpanMap.of(torch.tensor([[9, 5], [5, 5]]), image_token=9).check_images("PAINT")
+    with pytest.raises(ValueError, match="ends with padding"):
+        SpanMap.of(IDS, image_token=9, pad=PAD.flip(1)).check_ends()
+    assert known(spans) is spans
+    with pytest.raises(ValueError, match="pass spans="):
+        known(None)
+
+
+def test_the_prompt_among_arguments():
+    embeds = torch.zeros(2, 13, 4)
+    assert prompt_of({"input_ids": IDS, "inputs_embeds": None, "pixel_values": 0}) is IDS
+    assert prompt_of({"input_ids": IDS, "inputs_embeds": embeds}) is embeds
+    for given in ({}, {"input_ids": None}):
+        with pytest.raises(ValueError, match="inputs must hold input_ids or inputs_embeds"):
+            prompt_of(given)
 
 
 def test_bad_input():

@@ -112,8 +112,8 @@ class AGLA(Method):
     def begin(self, run: Run) -> None:
         """Make the augmented view of this prompt's pictures."""
         self._branch, self.views = None, []
-        if run.spans is not None and not bool(run.spans.mask("image").any(1).all()):
-            raise ValueError("a prompt has no image tokens: AGLA needs a picture in every row")
+        if run.spans is not None:
+            run.spans.check_images("AGLA")
         changed = self.augmented
         if changed is None:
             changed = self._see(run)

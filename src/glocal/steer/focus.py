@@ -216,7 +216,7 @@ class FocusDirections(Method):
         """Chosen heads' queries, moved."""
         shift = self._shifts[site.layer].to(query.device)[:, None]
         if self.strength is not None:
-            each = self.strength.to(query.device).repeat_interleave(site.batch // len(self.strength))
+            each = site.repeated(self.strength).to(query.device)
             return query + (each.to(shift.dtype)[:, None, None, None] * shift).to(query.dtype)
         return query + (self.alpha * shift).to(query.dtype) if self.alpha else query
 
@@ -312,9 +312,7 @@ class FocusOracle(Method):
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
         """Chosen heads' weights, moved."""
-        gold = self.gold.to(weights.device).repeat_interleave(site.batch // len(self.gold), 0)
-        end = site.first_key + site.keys
-        gold = F.pad(gold, (0, max(0, end - gold.shape[1])))[:, site.first_key : end]
+        gold = site.over_keys(self.gold).to(weights.device)
         moved = focus_oracle(weights, gold[:, None, None], self.tau)
         return torch.where(self._chosen[site.layer].to(weights.device)[:, None, None], moved, weights)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glocal.steer.spans import SpanMap
+from glocal.steer.spans import SpanMap, known
 
 __all__ = ["Hooks", "Run", "Site"]
 
@@ -39,7 +40,6 @@ class Site:
 
     Args:
         layer: the layer's number in the language model.
-        layers: how many there are.
         module: its attention module.
         run: the ``generate`` that it is part of.
         rows: positions of the queries at hand, ``(R,)``, counted over prompt and answer.
@@ -50,7 +50,6 @@ class Site:
     """
 
     layer: int
-    layers: int
     module: nn.Module
     run: Run
     rows: Tensor
@@ -70,13 +69,20 @@ class Site:
         Raises:
             ValueError: the prompt was given as embeddings, and no spans with it.
         """
-        if self.run.spans is None:
-            raise ValueError("the prompt has no input_ids to tell image from text: pass spans=SpanMap(...)")
-        return self.run.spans.repeated(self.batch).extended(self.first_key + self.keys)
+        return known(self.run.spans).repeated(self.batch).extended(self.first_key + self.keys)
 
     def where(self, kind: str) -> Tensor:
         """The keys of a kind, booleans ``(B, keys)``."""
         return self.spans().mask(kind)[:, self.first_key : self.first_key + self.keys]
+
+    def repeated(self, values: Tensor) -> Tensor:
+        """Of values ``(B, ...)`` of prompts, each as often as generate has its prompt: ``(batch, ...)``."""
+        return values.repeat_interleave(self.batch // len(values), 0)
+
+    def over_keys(self, values: Tensor) -> Tensor:
+        """Values ``(B, N)`` of the prompt's positions at the keys, 0 or false at others: ``(batch, keys)``."""
+        end = self.first_key + self.keys
+        return self.repeated(F.pad(values, (0, max(0, end - values.shape[1])))[:, self.first_key : end])
 
 
 class Hooks:
@@ -87,6 +93,8 @@ class Hooks:
 
     fuses = False
     """Whether it changes logits by a second branch: beam search is then refused, and so is another such method."""
+    beams = True
+    """Whether it can follow beam search, whose rows move, where it does not fuse; else that is refused."""
     acts_in_attention = True
     """Whether it reads or changes queries, scores or weights."""
     numbers: frozenset[int] = frozenset()

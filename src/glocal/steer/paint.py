@@ -8,13 +8,12 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from glocal.steer.branch import Branch, fuse, lowered
 from glocal.steer.hooks import Run, Site
 from glocal.steer.method import Method, check_range
-from glocal.steer.spans import PADDING, SpanMap, prompt_of
+from glocal.steer.spans import PADDING, SpanMap, known, prompt_of
 from glocal.steer.tower import TowerAttention, tower_layers
 
 __all__ = ["PAINT", "local_set", "raised", "summary_set", "without_image"]
@@ -159,11 +158,17 @@ class PAINT(Method):
         """Make the sets of this prompt."""
         self._drop()
         self.sets = None
-        spans = _readable(run.spans)
+        spans = known(run.spans)
+        spans.check_images("PAINT")
+        spans.check_ends()
         if self.local is None and self.summary is None:
             local, summary = self._see(run, spans)
         else:
-            local, summary = (_given(name, getattr(self, name), spans) for name in ("local", "summary"))
+            none = torch.zeros_like(spans.kinds, dtype=torch.bool)
+            given = {"local": self.local, "summary": self.summary}
+            local, summary = (
+                none if sets is None else spans.marked(name, sets, "image") for name, sets in given.items()
+            )
         self.sets = local & ~summary, summary
         self._strength = self.alpha * self.sets[0].float() + self.beta * summary.float()
         if self.fuses and run.generating:
@@ -196,16 +201,12 @@ class PAINT(Method):
     def scores(self, site: Site, scores: Tensor) -> Tensor:
         """Raise those of the two sets."""
         assert self._strength is not None
-        strength = self._strength.to(scores.device)[:, site.first_key :]
-        strength = F.pad(strength, (0, site.keys - strength.shape[1])).repeat_interleave(
-            len(scores) // len(strength), 0
-        )[:, None, None]
+        strength = site.over_keys(self._strength).to(scores.device)[:, None, None]
         if self.head_mode == "visual-share":
             if site.prefill:
                 image = site.where("image").to(scores.device)[:, None, None]
                 self._shares[site.layer] = (scores.softmax(-1) * image).sum(-1, keepdim=True)
-            share = self._shares[site.layer]
-            share = share.repeat_interleave(len(scores) // len(share), 0)
+            share = site.repeated(self._shares[site.layer])
             weight = share / share.mean(1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
             strength = strength * weight.clamp(0, 2)
         return torch.where(strength > 0, raised(scores, strength), scores)
@@ -225,40 +226,6 @@ class PAINT(Method):
 
     def _drop(self) -> None:
         self._shares, self._strength, self._branch, self._blind = {}, None, None, {}
-
-
-def _readable(spans: SpanMap | None) -> SpanMap:
-    if spans is None:
-        raise ValueError("the prompt has no input_ids to tell image from text: pass spans=SpanMap(...)")
-    if not bool(spans.mask("image").any(1).all()):
-        raise ValueError("a prompt has no image tokens: PAINT needs a picture in every row")
-    if bool((spans.kinds[:, -1] == PADDING).any()):
-        raise ValueError("a prompt ends with padding, so that its last row is none: pad on the left")
-    return spans
-
-
-def _given(name: str, each: Sequence[Tensor] | Tensor | None, spans: SpanMap) -> Tensor:
-    """Sets that were given, as booleans ``(B, prompt)``."""
-    found = torch.zeros_like(spans.kinds, dtype=torch.bool)
-    if each is None:
-        return found
-    if len(each) != len(found):
-        raise ValueError(f"{name} must have one set for each of {len(found)} rows; it had {len(each)}")
-    for row, some in enumerate(each):
-        at = spans.positions(row, "image")
-        some = torch.as_tensor(some).to(at.device)
-        if some.dtype == torch.bool:
-            fits = some.shape == at.shape
-        else:
-            fits = some.dim() == 1 and not some.is_floating_point() and bool(((some >= 0) & (some < len(at))).all())
-        if not fits:
-            kind = f"{some.dtype} of shape {tuple(some.shape)}"
-            raise ValueError(
-                f"{name} must be positions among the {len(at)} image tokens of row {row}, or as many booleans; "
-                f"it was {kind}"
-            )
-        found[row, at[some]] = True
-    return found
 
 
 def _placed(model: Any, run: Run, spans: SpanMap, sets: Tensor) -> tuple[Tensor, Tensor]:

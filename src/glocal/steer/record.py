@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glocal.steer.hooks import Run, Site
 from glocal.steer.method import Method
-from glocal.steer.spans import PADDING, Grid, SpanMap
+from glocal.steer.spans import Grid, SpanMap, known
 
 __all__ = ["RecordRows", "attention_entropy"]
 
@@ -44,15 +44,13 @@ class RecordRows(Method):
     steps: list[dict[int, Tensor]] = field(default_factory=list, init=False, repr=False)
     seen: SpanMap | None = field(default=None, init=False, repr=False)
 
+    beams = False
+
     def begin(self, run: Run) -> None:
         """Forget the run before."""
         self.steps, self.seen = [], run.spans
-        config = run.inputs.get("generation_config") or getattr(self.model, "generation_config", None)
-        beams = run.inputs.get("num_beams") or getattr(config, "num_beams", None) or 1
-        if run.generating and beams > 1:
-            raise ValueError(f"RecordRows cannot follow beams; num_beams must be 1, it was {beams}")
-        if run.spans is not None and bool((run.spans.kinds[:, -1] == PADDING).any()):
-            raise ValueError("a prompt ends with padding, so that its last row is none: pad on the left")
+        if run.spans is not None:
+            run.spans.check_ends()
 
     def edits(self, site: Site) -> bool:
         """Whether the newest token is at hand: not in the first pieces of a prompt that is read in pieces."""
@@ -103,10 +101,8 @@ class RecordRows(Method):
     def _spans(self) -> SpanMap:
         if not self.steps:
             raise RuntimeError("nothing is recorded: run the model inside the with block first")
-        if self.seen is None:
-            raise ValueError("the prompt has no input_ids to tell image from text: pass spans=SpanMap(...)")
         rows = len(next(iter(self.steps[0].values())))
-        return self.seen.repeated(rows)
+        return known(self.seen).repeated(rows)
 
 
 def attention_entropy(weights: Tensor) -> Tensor:

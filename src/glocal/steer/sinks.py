@@ -7,12 +7,11 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from glocal.steer.hooks import Run, Site
 from glocal.steer.method import Method, check_range, layer_range
-from glocal.steer.spans import ANSWER, PADDING, QUESTION, SpanMap
+from glocal.steer.spans import ANSWER, QUESTION, known
 from glocal.steer.steering import Steering, language_layers
 
 __all__ = ["VAR", "find_sink_dims", "redistributed", "sink_scores"]
@@ -222,13 +221,10 @@ class VAR(Method):
     def begin(self, run: Run) -> None:
         """Check the prompt; find the dimensions, once."""
         self.flags = {}
-        if run.spans is None:
-            raise ValueError("the prompt has no input_ids to tell image from text: pass spans=SpanMap(...)")
-        if not bool(run.spans.mask("image").any(1).all()):
-            raise ValueError("a prompt has no image tokens: VAR needs a picture in every row")
+        spans = known(run.spans)
+        spans.check_images("VAR")
         if self.sinks is not None:
-            flags = _flags(self.sinks, run.spans)
-            self.flags = dict.fromkeys(self.numbers, flags)
+            self.flags = dict.fromkeys(self.numbers, spans.marked("sinks", self.sinks))
         elif not self.found and self.removed > 0:
             self.found = find_sink_dims(self.model, run.inputs, tau=self.tau)
             if not self.found:
@@ -256,10 +252,7 @@ class VAR(Method):
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
         """Move attention off the sinks."""
-        flags = self.flags[site.layer].to(weights.device)
-        flags = F.pad(flags, (0, max(0, site.first_key + site.keys - flags.shape[1])))
-        flags = flags[:, site.first_key : site.first_key + site.keys]
-        flags = flags.repeat_interleave(len(weights) // len(flags), 0)
+        flags = site.over_keys(self.flags[site.layer]).to(weights.device)
         image = site.where("image").to(weights.device)
         changed = redistributed(weights, image, flags, removed=self.removed, rho=self.rho, share=self.share)
         return torch.where(_text(site).to(weights.device)[:, None, :, None], changed, weights)
@@ -269,22 +262,3 @@ def _text(site: Site) -> Tensor:
     """Which of the rows at hand are text after an image, booleans ``(B, R)``."""
     kinds = site.spans().kinds.to(site.rows.device)[:, site.rows]
     return (kinds == QUESTION) | (kinds == ANSWER)
-
-
-def _flags(sinks: Sequence[Tensor] | Tensor, spans: SpanMap) -> Tensor:
-    """Sinks that were given, as booleans ``(B, prompt)``."""
-    found = torch.zeros_like(spans.kinds, dtype=torch.bool)
-    rows, length = found.shape
-    if len(sinks) != rows:
-        raise ValueError(f"sinks must have one set for each of {rows} rows; it had {len(sinks)}")
-    for row, some in enumerate(sinks):
-        some = torch.as_tensor(some).to(found.device)
-        if some.dtype == torch.bool:
-            fits = some.shape == (length,)
-        else:
-            fits = some.dim() == 1 and not some.is_floating_point() and bool(((some >= 0) & (some < length)).all())
-        if not fits:
-            kind = f"{some.dtype} of shape {tuple(some.shape)}"
-            raise ValueError(f"sinks must be positions in a prompt of {length}, or as many booleans; it was {kind}")
-        found[row, some] = True
-    return found & (spans.kinds != PADDING)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["KINDS", "Grid", "SpanMap", "prompt_of"]
+__all__ = ["KINDS", "Grid", "SpanMap", "known", "prompt_of"]
 
 KINDS = ("padding", "system", "image", "question", "answer")
 """What a position can be, in the order of `SpanMap.kinds`' numbers."""
@@ -164,6 +164,50 @@ class SpanMap:
         """`images` of every row."""
         return [self.images(row) for row in range(len(self.kinds))]
 
+    def marked(self, name: str, sets: Sequence[Any] | Tensor, kind: str | None = None) -> Tensor:
+        """Sets of positions as a user gives them, as booleans ``(B, N)``; padding is in none.
+
+        Args:
+            name: of the argument that they are.
+            sets: one for each row: numbers ``(n,)`` or booleans ``(P,)`` over the row's P positions of the kind.
+            kind: whose positions are counted, from 0 at the row's first one; all positions where None.
+
+        Raises:
+            ValueError: another number of sets, positions that are not there, or another number of booleans.
+
+        >>> spans = SpanMap.of(torch.tensor([[5, 9, 9, 6]]), image_token=9)
+        >>> spans.marked("sets", [[1]], "image").tolist(), spans.marked("sets", [[1, 3]]).tolist()
+        ([[False, False, True, False]], [[False, True, False, True]])
+        """
+        found = torch.zeros_like(self.kinds, dtype=torch.bool)
+        if len(sets) != len(found):
+            raise ValueError(f"{name} must have one set for each of {len(found)} rows; it had {len(sets)}")
+        for row, some in enumerate(sets):
+            every = torch.arange(found.shape[1], device=found.device)
+            at = every if kind is None else self.positions(row, kind)
+            some = torch.as_tensor(some).to(at.device)
+            if some.dtype == torch.bool:
+                fits = some.shape == at.shape
+            else:
+                fits = some.dim() == 1 and not some.is_floating_point() and bool(((some >= 0) & (some < len(at))).all())
+            if not fits:
+                raise ValueError(
+                    f"{name} must be positions among the {len(at)} {kind or 'prompt'} tokens of row {row}, or as many "
+                    f"booleans; it was {some.dtype} of shape {tuple(some.shape)}"
+                )
+            found[row, at[some]] = True
+        return found & (self.kinds != PADDING)
+
+    def check_images(self, who: str) -> None:
+        """Raise a ValueError where a row has no image, which a method named so needs."""
+        if not bool(self.mask("image").any(1).all()):
+            raise ValueError(f"a prompt has no image tokens: {who} needs a picture in every row")
+
+    def check_ends(self) -> None:
+        """Raise a ValueError where a row ends with padding, so that the last position is none of its tokens."""
+        if bool((self.kinds[:, -1] == PADDING).any()):
+            raise ValueError("a prompt ends with padding, so that its last row is none: pad on the left")
+
     def extended(self, length: int) -> SpanMap:
         """The same map for ``length`` tokens: those after the prompt are the answer."""
         more = length - self.kinds.shape[1]
@@ -178,6 +222,17 @@ class SpanMap:
             return self
         grids = tuple(grid for grid in self.grids for _ in range(times))
         return SpanMap(self.kinds.repeat_interleave(times, 0), grids)
+
+
+def known(spans: SpanMap | None) -> SpanMap:
+    """What the prompt's positions are, where a method cannot do without.
+
+    Raises:
+        ValueError: it is not known: the prompt was given as embeddings, and no spans with it.
+    """
+    if spans is None:
+        raise ValueError("the prompt has no input_ids to tell image from text: pass spans=SpanMap(...)")
+    return spans
 
 
 def _square(count: int) -> tuple[Grid, ...]:

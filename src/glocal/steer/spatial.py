@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glocal.steer.hooks import Run, Site
 from glocal.steer.method import Method, check_range
-from glocal.steer.spans import SpanMap, prompt_of
+from glocal.steer.spans import SpanMap, known, prompt_of
 
 __all__ = ["SpatialPrompting", "choose_objects", "mask_loss", "mask_shares", "spatial_loss"]
 
@@ -297,17 +297,16 @@ class SpatialPrompting(Method):
 
     def _picture(self, row: int) -> tuple[Tensor, tuple[int, int]]:
         """Positions of a row's one picture by rows of its grid, and the grid."""
-        if self._spans is None:
-            raise ValueError("the prompt has no input_ids to tell image from text: pass spans=SpanMap(...)")
-        images = self._spans.images(row)
+        spans = known(self._spans)
+        images = spans.images(row)
         if len(images) != 1:
             raise ValueError(f"row {row} must have one picture; it has {len(images)}")
-        at, known = images[0], self._spans.grids[row][0] if self._spans.grids else ()
+        at, grids = images[0], spans.grids[row][0] if spans.grids else ()
         if self.grid is not None:
             if self.grid[0] * self.grid[1] != len(at):
                 raise ValueError(f"grid {self.grid} does not fit the picture's {len(at)} tokens")
             return at, self.grid
-        if not known:
+        if not grids:
             raise ValueError(f"the grid of the picture's {len(at)} tokens is not known: pass grid=(rows, columns)")
-        whole = known[0]
+        whole = grids[0]
         return at[whole.index.flatten().to(at.device)], whole.shape

@@ -166,9 +166,10 @@ class Steering:
         given = _named(self.generate, args, kwargs)
         config = given.get("generation_config") or self.model.generation_config
         beams = given.get("num_beams") or getattr(config, "num_beams", None) or 1
+        fixed = [type(method).__name__ for method in self._acting if method.fuses or not method.beams]
+        if fixed and beams > 1:
+            raise ValueError(f"{fixed[0]} cannot follow beams; num_beams must be 1, it was {beams}")
         fusing = [type(method).__name__ for method in self._acting if method.fuses]
-        if fusing and beams > 1:
-            raise ValueError(f"{fusing[0]} cannot follow beams; num_beams must be 1, it was {beams}")
         guessing = [name for name in ("assistant_model", "prompt_lookup_num_tokens") if given.get(name) is not None]
         if fusing and guessing:
             raise ValueError(f"{fusing[0]} fuses one token at a time; leave out {guessing[0]}, which checks several")
@@ -248,7 +249,7 @@ class Steering:
         first_row = mine.offset + keys - count
         rows = torch.arange(first_row, first_row + count, device=query.device)
         prefill = first_row < self.run.prompt
-        site = Site(layer, len(self.modules), module, self.run, rows, mine.offset, keys, len(query), prefill)
+        site = Site(layer, module, self.run, rows, mine.offset, keys, len(query), prefill)
         acting = [method for method in self._acting if method.acts_in_attention and layer in method.numbers]
         for method in acting:
             query = method.query(site, query)
