@@ -138,3 +138,16 @@ def test_what_is_refused():
     states, mask = torch.randn(1, 4, 24), torch.zeros(1, 1, 4, 4)
     with TowerAttention(model, layers=[0], rows="mean"), pytest.raises(ValueError, match="without padding only"):
         layer(states, attention_mask=mask)
+
+
+@torch.no_grad()
+def test_projections_by_the_names_that_they_had_before(monkeypatch):
+    model, pixels = tower("vit")
+    with TowerAttention(model) as wanted:
+        model(pixel_values=pixels)
+    for module in tower_layers(model):
+        module.query, module.key = module.q_proj, module.k_proj
+    monkeypatch.setattr("glocal.steer.tower._MAPS", (("query", "key"),))
+    with TowerAttention(model) as found:
+        model(pixel_values=pixels)
+    assert torch.equal(found.maps[2], wanted.maps[2])

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glocal.steer.clip import class_attention, class_tokens, image_features, picture_side, read, tower
+from glocal.steer.clip import class_attention, clip_kind, image_features, picture_side, read
+from glocal.steer.tower import class_tokens
 
 __all__ = ["ABS", "feature_crops"]
 
@@ -110,7 +111,7 @@ class ABS:
         Raises:
             TypeError, ValueError: as for `features` and `match`.
         """
-        class_tokens(clip)
+        clip_kind(clip)
         found = self.features(clip, images, processor=processor, guide=guide, guide_processor=guide_processor)
         return self.match(found, text_features)
 
@@ -170,7 +171,7 @@ class ABS:
             TypeError: a model of another kind.
             ValueError: no pictures, a guide without its processor, fewer patches than ``top``.
         """
-        class_tokens(clip)
+        clip_kind(clip)
         if not images or not all(hasattr(image, "convert") for image in images):
             raise ValueError("images must be PIL images, at least one")
         if (guide is None) != (guide_processor is None):
@@ -191,7 +192,7 @@ class ABS:
             ]
             if self.feature_crops:
                 hidden = _before_last(clip, read(processor, [seen], clip, whole=True))[0]
-                boxes = self.grid_boxes(attention, picture_side(clip) // tower(clip).config.patch_size, draw)
+                boxes = self.grid_boxes(attention, picture_side(clip) // clip.vision_model.config.patch_size, draw)
                 kept += [
                     feature_crops(clip, hidden, boxes[at : at + self.batch]) for at in range(0, len(boxes), self.batch)
                 ]
@@ -272,6 +273,7 @@ def feature_crops(clip: Any, hidden: Tensor, boxes: Sequence[Box]) -> Tensor:
         TypeError: a model of another kind.
         ValueError: patches that form no square, or a box that is not in it.
     """
+    clip_kind(clip)
     own = class_tokens(clip)
     vision = clip.vision_model
     side = round((len(hidden) - own) ** 0.5)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glocal.steer.tower import TowerAttention, vision_tower
+
 __all__ = [
     "class_attention",
-    "class_tokens",
+    "clip_kind",
     "image_features",
     "picture_side",
     "read",
     "text_features",
-    "tower",
 ]
 
 _TOWERS = ("clip_vision_model", "deit", "dinov2", "dinov2_with_registers", "siglip_vision_model", "vit", "vit_msn")
@@ -26,8 +27,8 @@ _TOWERS = ("clip_vision_model", "deit", "dinov2", "dinov2_with_registers", "sigl
 def class_attention(model: Any, pixel_values: Tensor) -> Tensor:
     """How much the class token of an image encoder attends to each patch in its last layer, mean over heads.
 
-    The row is computed from the layer's queries and keys, so that any attention implementation will do and the model
-    runs as ever. For SigLIP it is the attention of its pooling head.
+    Read by `TowerAttention`, so that any attention implementation will do and the model runs as ever. For SigLIP it is
+    the attention of its pooling head.
 
     Args:
         model: ``ViTModel``, ``Dinov2Model``, ``CLIPVisionModel`` or the like; of a ``CLIPModel`` the image tower.
@@ -39,36 +40,34 @@ def class_attention(model: Any, pixel_values: Tensor) -> Tensor:
     Raises:
         TypeError: an encoder whose scores are not plain products of queries and keys, or that has no class token.
     """
-    vision = tower(model)
+    vision: Any = vision_tower(model)
     kind = getattr(getattr(vision, "config", None), "model_type", type(vision).__name__)
     if kind not in _TOWERS or (kind == "siglip_vision_model" and not vision.use_head):
         raise TypeError(f"model must be one of {', '.join(_TOWERS)} (SigLIP with its pooling head); it was {kind}")
-    kept: dict[str, Tensor] = {}
     if kind == "siglip_vision_model":
-        hooks = [vision.head.register_forward_pre_hook(lambda module, args: kept.update(states=args[0]))]
+        weights = _pooling(vision, pixel_values)
     else:
-        last = [m for m in vision.modules() if hasattr(m, "q_proj") or hasattr(m, "query")][-1]
-        query, key = (last.q_proj, last.k_proj) if hasattr(last, "q_proj") else (last.query, last.key)
-        hooks = [
-            query.register_forward_hook(lambda module, args, output: kept.update(query=output[:, :1])),
-            key.register_forward_hook(lambda module, args, output: kept.update(key=output)),
-        ]
+        with TowerAttention(vision) as seen:
+            vision(pixel_values=pixel_values)
+        weights = next(iter(seen.maps.values())).mean(1)
+    rows, columns = (side // vision.config.patch_size for side in pixel_values.shape[2:])
+    # DeiT has one more token before its patches.
+    found: Tensor = weights[:, -rows * columns :].float().unflatten(-1, (rows, columns))
+    return found
+
+
+def _pooling(vision: Any, pixel_values: Tensor) -> Tensor:
+    """Attention of SigLIP's pooling head to the patches, ``(B, P)``."""
+    kept: list[Tensor] = []
+    hook = vision.head.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
     try:
         vision(pixel_values=pixel_values)
     finally:
-        for hook in hooks:
-            hook.remove()
-    if kind == "siglip_vision_model":
-        states = kept["states"]
-        probe = vision.head.probe.expand(len(states), -1, -1)
-        weights = vision.head.attention(probe, states, states, need_weights=True)[1][:, 0].float()
-    else:
-        heads = vision.config.num_attention_heads
-        q, k = (kept[name].unflatten(-1, (heads, -1)).transpose(1, 2).float() for name in ("query", "key"))
-        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0].mean(1)
-    rows, columns = (side // vision.config.patch_size for side in pixel_values.shape[2:])
-    found: Tensor = weights[:, -rows * columns :].unflatten(-1, (rows, columns))
-    return found
+        hook.remove()
+    states = kept[0]
+    probe = vision.head.probe.expand(len(states), -1, -1)
+    weights: Tensor = vision.head.attention(probe, states, states, need_weights=True)[1][:, 0]
+    return weights
 
 
 @torch.no_grad()
@@ -86,7 +85,7 @@ def text_features(clip: Any, processor: Callable[..., Any], texts: Sequence[str]
     ``processor`` is called with ``text=``, ``padding=``, ``truncation=`` and ``return_tensors="pt"``.
     SigLIP was trained on texts padded to the full length, and reads them so.
     """
-    padding = "max_length" if not class_tokens(clip) else True
+    padding = "max_length" if clip_kind(clip) == "siglip" else True
     inputs = processor(text=list(texts), padding=padding, truncation=True, return_tensors="pt")
     device = clip.logit_scale.device
     found = clip.get_text_features(
@@ -117,27 +116,27 @@ def read(processor: Callable[..., Any], images: Sequence[Any], model: Any, *, wh
             options = dict(do_resize=False, do_center_crop=False)
     pixels = reader(images=list(images), return_tensors="pt", **options)
     pixels = pixels["pixel_values"] if isinstance(pixels, Mapping) else pixels
-    weight = next(tower(model).parameters())
+    weight = next(vision_tower(model).parameters())
     found: Tensor = pixels.to(weight.device, weight.dtype)
     return found
 
 
-def tower(model: Any) -> Any:
-    """The image tower of a model of pictures and texts, or the model itself."""
-    return getattr(model, "vision_model", model)
-
-
 def picture_side(model: Any) -> int:
     """Pixels of the square that a model sees."""
-    side = tower(model).config.image_size
+    vision: Any = vision_tower(model)
+    side = vision.config.image_size
     return int(side if isinstance(side, int) else side[0])
 
 
-def class_tokens(clip: Any) -> int:
-    """How many class tokens its image tower has: one, or none for SigLIP."""
+def clip_kind(clip: Any) -> Literal["clip", "siglip"]:
+    """Whether it is CLIP, with a class token, or SigLIP, with a pooling head.
+
+    Raises:
+        TypeError: neither, or a SigLIP without that head.
+    """
     kind = getattr(getattr(clip, "config", None), "model_type", type(clip).__name__)
     if kind not in ("clip", "siglip"):
         raise TypeError(f"clip must be a CLIPModel or SiglipModel of transformers; it was {kind}")
     if kind == "siglip" and not clip.vision_model.use_head:
         raise TypeError("clip must have its pooling head: this SigLIP was made with vision_use_head=False")
-    return int(kind == "clip")
+    return "clip" if kind == "clip" else "siglip"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glocal.steer.clip import class_attention, class_tokens, image_features, picture_side, read, text_features
+from glocal.steer.clip import class_attention, clip_kind, image_features, picture_side, read, text_features
 from glocal.steer.marks import MARKS, Colour, blur_outside, circle, frame, length, ring
 
 __all__ = ["RedCircle"]
@@ -112,7 +112,7 @@ class RedCircle:
             TypeError: a model of another kind.
             ValueError: no texts, or boxes that are none.
         """
-        class_tokens(clip)
+        clip_kind(clip)
         return self._scores(clip, processor, self.marked(image, boxes, self._side(clip)), texts, bank)
 
     def choose(
@@ -154,7 +154,7 @@ class RedCircle:
         Raises:
             TypeError, ValueError: as for `scores`; more names than points to assign.
         """
-        class_tokens(clip)
+        clip_kind(clip)
         if assign and len(names) > len(points):
             raise ValueError(f"{len(names)} names are more than {len(points)} points: assign=False, or fewer names")
         found = self._scores(clip, processor, self.circled(image, points, self._side(clip)), names, bank)
@@ -195,7 +195,7 @@ class RedCircle:
         """
         if "crop" in self.marks:
             raise ValueError("marks must leave the box where it is: a crop does not")
-        class_tokens(clip)
+        clip_kind(clip)
         side = self._side(clip)
         plain, (across, down) = _square(image, side)
         pictures = [picture for each in self.marked(image, boxes, side) for picture in each]

@@ -16,6 +16,7 @@ from glocal.steer.method import layer_range
 __all__ = ["TowerAttention", "class_tokens", "tower_layers", "vision_tower"]
 
 _TOWERS = ("vision_tower", "vision_model", "visual")
+_MAPS = (("q_proj", "k_proj"), ("query", "key"))  # the latter in ViT and its like before transformers 5.24
 _MORE = ("rotary", "rope", "_norm", "relative", "bias")  # what scores of more than queries and keys are made of
 _CHUNK = 256  # rows of queries at a time
 
@@ -55,7 +56,7 @@ def tower_layers(model: nn.Module) -> list[nn.Module]:
     if not found:
         raise TypeError(f"{name} has no attention that uses transformers' registry")
     for module in found:
-        if not (hasattr(module, "q_proj") and hasattr(module, "k_proj") and hasattr(module, "head_dim")):
+        if not _maps(module) or _width(module) is None:
             raise TypeError(f"{name}'s attention cannot be read: {type(module).__name__} has no q_proj and k_proj")
         names = inspect.unwrap(type(module).forward).__code__.co_names
         more = [each for each in names if any(part in each for part in _MORE)]
@@ -111,9 +112,8 @@ class TowerAttention:
     def __enter__(self) -> Self:
         for number, module in self._modules.items():
             kept: dict[str, Tensor] = {}
-            parts = {"query": module.get_submodule("q_proj"), "key": module.get_submodule("k_proj")}
-            for name, part in parts.items():
-                self._hooks.append(part.register_forward_hook(_keeper(kept, name)))
+            for name, part in zip(("query", "key"), _maps(module), strict=True):
+                self._hooks.append(module.get_submodule(part).register_forward_hook(_keeper(kept, name)))
             self._hooks.append(module.register_forward_hook(self._reader(number, kept), with_kwargs=True))
         return self
 
@@ -129,17 +129,27 @@ class TowerAttention:
             mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
             if mask is not None:
                 raise ValueError("the tower masks patches: its attention is read of pictures without padding only")
-            query, key = (_heads(kept.pop(name), module.head_dim) for name in ("query", "key"))
+            width = _width(module)
+            query, key = (_heads(kept.pop(name), width) for name in ("query", "key"))
             # The class token's row, or those of all patches.
             wanted = query[:, :, self.leading :] if self.mean else query[:, :, :1]
             scale = getattr(module, "scale", getattr(module, "scaling", None))
-            scale = module.head_dim**-0.5 if scale is None else scale
+            scale = width**-0.5 if scale is None else scale
             total = key.new_zeros(key.shape[:3])
             for some in wanted.split(_CHUNK, 2):
                 total += (some @ key.mT * scale).softmax(-1).sum(2)
             self.maps[number] = total[..., self.leading :] / wanted.shape[2]
 
         return read
+
+
+def _maps(module: nn.Module) -> tuple[str, ...]:
+    """The names of what makes queries and keys; empty where there is no such pair."""
+    return next((names for names in _MAPS if all(hasattr(module, name) for name in names)), ())
+
+
+def _width(module: Any) -> Any:
+    return getattr(module, "head_dim", getattr(module, "attention_head_size", None))
 
 
 def _keeper(kept: dict[str, Tensor], name: str) -> Any:
