@@ -166,17 +166,13 @@ class RedCircle:
 
     def marked(self, image: Any, boxes: Any, side: int) -> list[list[Any]]:
         """A list of ``K`` marked pictures for each mark: the whole picture, ``side`` x ``side``; crops as they are."""
-        small, (across, down) = _square(image, side)
-        rows = _rows(boxes, 4, "boxes")
-        scaled = [(box[0] * across, box[1] * down, box[2] * across, box[3] * down) for box in rows]
+        small, scaled = _square(image, side, boxes, 4, "boxes")
         return [[self._mark(mark)(small, box) for box in scaled] for mark in self.marks]
 
     def circled(self, image: Any, points: Any, side: int) -> list[list[Any]]:
         """A list of one list of ``K`` pictures, each with a circle around a point."""
-        small, (across, down) = _square(image, side)
-        rows = _rows(points, 2, "points")
-        options: dict[str, Any] = dict(radius=self.radius, width=self.width, colour=self.colour)
-        return [[circle(small, (x * across, y * down), **options) for x, y in rows]]
+        small, scaled = _square(image, side, points, 2, "points")
+        return [[circle(small, at, radius=self.radius, width=self.width, colour=self.colour) for at in scaled]]
 
     @torch.no_grad()
     def attention_mass(self, clip: Any, processor: Callable[..., Any], image: Any, boxes: Any) -> Tensor:
@@ -197,15 +193,13 @@ class RedCircle:
             raise ValueError("marks must leave the box where it is: a crop does not")
         clip_kind(clip)
         side = self._side(clip)
-        plain, (across, down) = _square(image, side)
+        plain, scaled = _square(image, side, boxes, 4, "boxes")
         pictures = [picture for each in self.marked(image, boxes, side) for picture in each]
         maps = [class_attention(clip, read(processor, [one], clip, whole=True))[0] for one in [plain, *pictures]]
         mass = []
-        for number, box in enumerate(_rows(boxes, 4, "boxes")):
-            seen = [maps[0], torch.stack(maps[1 + number :: len(boxes)]).mean(0)]
-            mass.append(
-                [_inside(m, (box[0] * across, box[1] * down, box[2] * across, box[3] * down), side) for m in seen]
-            )
+        for number, box in enumerate(scaled):
+            seen = [maps[0], torch.stack(maps[1 + number :: len(scaled)]).mean(0)]
+            mass.append([_inside(each, box, side) for each in seen])
         return torch.tensor(mass)
 
     def _side(self, clip: Any) -> int:
@@ -261,22 +255,18 @@ def _logits(clip: Any, texts: Tensor, pictures: Tensor) -> Tensor:
     return found if bias is None else found + bias.float()
 
 
-def _square(image: Any, side: int) -> tuple[Any, tuple[float, float]]:
-    """All of a picture as a square, and by what its width and height were multiplied."""
+def _square(image: Any, side: int, places: Any, width: int, name: str) -> tuple[Any, list[tuple[float, ...]]]:
+    """All of a picture as a square, and where boxes or points of it, ``(K, width)``, are then."""
     from PIL import Image
 
     if not hasattr(image, "convert"):
         raise ValueError(f"image must be a PIL image; it was a {type(image).__name__}")
     small = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-    return small, (side / image.width, side / image.height)
-
-
-def _rows(values: Any, width: int, name: str) -> list[list[float]]:
-    rows = torch.as_tensor(values)
+    rows = torch.as_tensor(places)
     if rows.ndim != 2 or rows.shape[1] != width or not len(rows):
         raise ValueError(f"{name} must be (K, {width}), K at least 1; it was {tuple(rows.shape)}")
-    found: list[list[float]] = rows.tolist()
-    return found
+    factors = side / image.width, side / image.height
+    return small, [tuple(value * factors[n % 2] for n, value in enumerate(row)) for row in rows.tolist()]
 
 
 def _inside(attention: Tensor, box: Sequence[float], side: int) -> float:
