@@ -13,12 +13,6 @@ from glocal.bench.pope import verdict
 from glocal.bench.scenes import SIDE, ask_all, scenes
 from glocal.hf import load_vision_language, scenes_llava, scenes_llava_folder
 
-pytestmark = pytest.mark.skipif(
-    not (scenes_llava_folder() / "config.json").exists(),
-    reason="no model lies in src/glocal/hf/scenes_llava yet; python examples/train_scenes.py makes one",
-)
-
-
 @pytest.fixture(scope="module")
 def shipped():
     return scenes_llava()

@@ -24,8 +24,7 @@ def steer(
     model: Annotated[
         str,
         typer.Argument(
-            help="Folder of a vision-language model of transformers; "
-            "'scenes' is the one of examples/train_scenes.py, not shipped yet."
+            help="Folder of a vision-language model of transformers; 'scenes' is the one that glocal ships."
         ),
     ] = SCENES,
     method: Annotated[

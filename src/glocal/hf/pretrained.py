@@ -44,16 +44,16 @@ def byte_llama() -> Any:
 
 
 def scenes_llava_folder() -> Path:
-    """Where the small vision-language model is to lie: none is shipped yet, ``train_scenes.py`` makes one.
+    """Where the shipped vision-language model and its processor lie, as transformers' ``from_pretrained`` reads them.
 
-    >>> scenes_llava_folder().name
-    'scenes_llava'
+    >>> (scenes_llava_folder() / "processor_config.json").exists()
+    True
     """
     return Path(__file__).parent / "scenes_llava"
 
 
 def scenes_llava() -> tuple[Any, Any]:
-    """The small vision-language model and its processor, once it is there: a LLaVA that knows rendered scenes.
+    """The shipped vision-language model and its processor: a LLaVA that knows rendered scenes on photographs.
 
     2.5 million parameters, pictures of 96 x 96 pixels in 64 tokens, a vocabulary of some sixty words. Trained by
     ``examples/train_scenes.py``; ``training.json`` in its folder holds the curve. A prompt is
@@ -61,6 +61,10 @@ def scenes_llava() -> tuple[Any, Any]:
 
     Returns:
         A ``LlavaForConditionalGeneration`` in float32, in evaluation mode, and a ``LlavaProcessor``.
+
+    >>> model, processor = scenes_llava()
+    >>> model.config.image_seq_length
+    64
     """
     return load_vision_language(scenes_llava_folder())
 
