@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from glocal.bench.scenes import KINDS, scenes
 from glocal.cli.app import app
 from tests.bench.tiny_vlm import write
 
@@ -27,6 +28,20 @@ def test_a_generated_scene(folder, tmp_path):
     assert Image.open(picture).size[0] > 900
     again = call(folder, "--seed", 3, "--picture", picture)
     assert again.stdout == result.stdout
+
+
+def test_without_any_argument_the_shipped_model_answers_about_a_scene(tmp_path):
+    """Clear scenes, on which it is right: what is there it sees, and what is not it does not."""
+    for seed in range(4):
+        (scene,) = scenes(1, seed, held_out=True)
+        there = sorted(scene.kinds())[0]
+        absent = next(kind for kind in KINDS if kind not in scene.kinds())
+        for kind, word in ((there, "yes"), (absent, "no")):
+            options = ("--seed", seed, "--noise", 0, "--opacity", 1, "--picture", tmp_path / "seen.png")
+            result = call(*options, "--ask", f"Is there a {kind[0]} {kind[1]}?")
+            assert result.exit_code == 0, result.output
+            answer = next(line for line in result.stdout.splitlines() if "answer" in line)
+            assert answer.replace("│", " ").split()[:2] == ["answer", word]
 
 
 def test_a_picture_and_a_question(folder, tmp_path):

@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from glocal.models.registry import register
+from glocal.models.vision.patches import Patches, PatchMerge
 from glocal.nn import MLP, Block, NeighborhoodAttention
 from glocal.shapes import Float
 
@@ -94,8 +94,8 @@ class DiNAT(nn.Module):
             )
         self.window = window
         dims = [dim * 2**level for level in range(len(depths))]
-        self.embed = _Embed(channels, dim) if patch is None else _Patches(channels, dim, patch)
-        down = _Down if patch is None else _Merge
+        self.embed = _Embed(channels, dim) if patch is None else Patches(channels, dim, patch)
+        down = _Down if patch is None else PatchMerge
         self.down = nn.ModuleList(down(d) for d in dims[:-1])
         rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
         self.levels = nn.ModuleList(
@@ -160,22 +160,6 @@ class _Embed(nn.Module):
         return out
 
 
-class _Patches(nn.Module):
-    """Patches of one size; an image that they do not divide is filled with zeros."""
-
-    def __init__(self, channels: int, dim: int, size: int) -> None:
-        super().__init__()
-        self.size = size
-        self.proj = nn.Conv2d(channels, dim, size, stride=size)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        x = pad(x, (0, -width % self.size, 0, -height % self.size))
-        out: Tensor = self.norm(self.proj(x).movedim(1, -1))
-        return out
-
-
 class _Down(nn.Module):
     """Half the size, twice the channels, by a convolution."""
 
@@ -186,22 +170,6 @@ class _Down(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.norm(self.proj(x.movedim(-1, 1)).movedim(1, -1))
-        return out
-
-
-class _Merge(nn.Module):
-    """The same by joining 2 x 2 tokens, column by column, as in Swin; an odd map is filled with zeros."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
-        self.proj = nn.Linear(4 * dim, 2 * dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1:3]
-        x = pad(x, (0, 0, 0, width % 2, 0, height % 2))
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, h, 2, w, 2, C)
-        out: Tensor = self.proj(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
         return out
 
 

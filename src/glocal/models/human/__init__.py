@@ -1,0 +1,1 @@
+"""Networks of where people look and what they do."""
