@@ -21,6 +21,15 @@ from glocal.nn.multiwindow import MultiWindowAttention
 from glocal.nn.nats import NeuralAttentionSearch
 from glocal.nn.neighborhood import NeighborhoodAttention
 from glocal.nn.nsa import NativeSparseAttention
+from glocal.nn.polyline import (
+    PathDecay,
+    PolylineAttention,
+    PolylineLinearAttention,
+    path_mask,
+    polyline_linear_attend,
+    polyline_mask,
+    polyline_product,
+)
 from glocal.nn.prefix import PrefixGlobalAttention
 from glocal.nn.rope import Rope
 from glocal.nn.shifted import ShiftedSparseAttention
@@ -56,6 +65,9 @@ __all__ = [
     "NativeSparseAttention",
     "NeighborhoodAttention",
     "NeuralAttentionSearch",
+    "PathDecay",
+    "PolylineAttention",
+    "PolylineLinearAttention",
     "PrefixGlobalAttention",
     "Rope",
     "ShiftedSparseAttention",
@@ -67,6 +79,10 @@ __all__ = [
     "gate_rate",
     "head_balance",
     "magnitude_aware",
+    "path_mask",
+    "polyline_linear_attend",
+    "polyline_mask",
+    "polyline_product",
     "select_tokens",
     "unified_topk",
 ]

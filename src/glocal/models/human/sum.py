@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -139,12 +139,12 @@ class SUM(nn.Module):
         for number, blocks in enumerate(self.encoder):
             x = self.down[number - 1](x) if number else x
             maps.append(x)
-            for block in blocks:
+            for block in cast(nn.ModuleList, blocks):
                 x = block(x)
         for number, blocks in enumerate(self.decoder):
             # The input of the encoder's level, at the coarser size; that of the finest is not used.
             x = self.up[number - 1](x + maps[-number]) if number else x
-            for block in blocks:
+            for block in cast(nn.ModuleList, blocks):
                 x = block(x, chosen)
         out: Tensor = self.head(self.last(x).movedim(-1, 1)).sigmoid()
         return out
