@@ -10,6 +10,7 @@ from glocal.nn.descriptor import DescriptorAttention, choose_keyframes
 from glocal.nn.dma import DynamicMaskAttention
 from glocal.nn.frame import USES, Attention, Call
 from glocal.nn.heavy import HeavyHitterAttention
+from glocal.nn.hyena import Hyena, HyenaPixel
 from glocal.nn.latent import LatentAttention
 from glocal.nn.less_is_more import LessIsMore, select_tokens, unified_topk
 from glocal.nn.linear import LinearAttention
@@ -52,6 +53,8 @@ __all__ = [
     "DynamicMaskAttention",
     "GatedGELU",
     "HeavyHitterAttention",
+    "Hyena",
+    "HyenaPixel",
     "LatentAttention",
     "LatentSparseAttention",
     "LessIsMore",
