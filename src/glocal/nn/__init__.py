@@ -4,20 +4,26 @@ from glocal.nn.aha import AllOrHereAttention, gate_rate
 from glocal.nn.asa import LatentSparseAttention, asa_layers
 from glocal.nn.block import MLP, Block, DropPath, GatedGELU, SwiGLU
 from glocal.nn.block_sparse import BlockSparseAttention
+from glocal.nn.concentration import LinearGlobalAttention, LocalConcentration, clamped_linear_attend
 from glocal.nn.conv import ConvMLP, Depthwise
 from glocal.nn.core_context import CoreContextAttention
 from glocal.nn.descriptor import DescriptorAttention, choose_keyframes
 from glocal.nn.dma import DynamicMaskAttention
+from glocal.nn.efficient import EfficientAttention, context_maps, efficient_attention
 from glocal.nn.frame import USES, Attention, Call
 from glocal.nn.heavy import HeavyHitterAttention
 from glocal.nn.hyena import Hyena, HyenaPixel
+from glocal.nn.lass import LASS
 from glocal.nn.latent import LatentAttention
 from glocal.nn.less_is_more import LessIsMore, select_tokens, unified_topk
 from glocal.nn.linear import LinearAttention
 from glocal.nn.longt5 import LongT5Attention
 from glocal.nn.mala import MagnitudeAwareAttention, magnitude_aware
+from glocal.nn.mhla import MultiHeadLinearAttention, mixing_matrix, multi_head_linear
+from glocal.nn.mhla_causal import CausalMultiHeadLinearAttention, causal_multi_head_linear
 from glocal.nn.mixture_of_heads import MixtureOfHeadsAttention, head_balance
 from glocal.nn.moba import MixtureOfBlocksAttention
+from glocal.nn.multipole import MultipoleAttention, multipole_levels
 from glocal.nn.multiwindow import MultiWindowAttention
 from glocal.nn.nats import NeuralAttentionSearch
 from glocal.nn.neighborhood import NeighborhoodAttention
@@ -34,23 +40,31 @@ from glocal.nn.polyline import (
 from glocal.nn.prefix import PrefixGlobalAttention
 from glocal.nn.rope import Rope
 from glocal.nn.shifted import ShiftedSparseAttention
+from glocal.nn.ss2d import SS2D, CrossScan
+from glocal.nn.taylor import FastmaxAttention, fastmax, taylor_features
 from glocal.nn.uniba import UnidirectionalBlockAttention
 from glocal.nn.window import MultiScaleWindowAttention, SlidingWindowAttention
 
 __all__ = [
+    "LASS",
     "MLP",
+    "SS2D",
     "USES",
     "AllOrHereAttention",
     "Attention",
     "Block",
     "BlockSparseAttention",
     "Call",
+    "CausalMultiHeadLinearAttention",
     "ConvMLP",
     "CoreContextAttention",
+    "CrossScan",
     "Depthwise",
     "DescriptorAttention",
     "DropPath",
     "DynamicMaskAttention",
+    "EfficientAttention",
+    "FastmaxAttention",
     "GatedGELU",
     "HeavyHitterAttention",
     "Hyena",
@@ -59,12 +73,16 @@ __all__ = [
     "LatentSparseAttention",
     "LessIsMore",
     "LinearAttention",
+    "LinearGlobalAttention",
+    "LocalConcentration",
     "LongT5Attention",
     "MagnitudeAwareAttention",
     "MixtureOfBlocksAttention",
     "MixtureOfHeadsAttention",
+    "MultiHeadLinearAttention",
     "MultiScaleWindowAttention",
     "MultiWindowAttention",
+    "MultipoleAttention",
     "NativeSparseAttention",
     "NeighborhoodAttention",
     "NeuralAttentionSearch",
@@ -78,14 +96,23 @@ __all__ = [
     "SwiGLU",
     "UnidirectionalBlockAttention",
     "asa_layers",
+    "causal_multi_head_linear",
     "choose_keyframes",
+    "clamped_linear_attend",
+    "context_maps",
+    "efficient_attention",
+    "fastmax",
     "gate_rate",
     "head_balance",
     "magnitude_aware",
+    "mixing_matrix",
+    "multi_head_linear",
+    "multipole_levels",
     "path_mask",
     "polyline_linear_attend",
     "polyline_mask",
     "polyline_product",
     "select_tokens",
+    "taylor_features",
     "unified_topk",
 ]

@@ -24,6 +24,7 @@ class Level(NamedTuple):
         mlp_ratio: hidden channels of the feed-forward over ``dim``.
         mixer: makes the mixer of tokens of a block, a module from ``(B, H, W, dim)`` to the same, from its number.
         layer_scale: start value of a learned scale of each branch; none where None.
+        scale_bias: whether a learned shift, 0 at the start, goes with each scale.
     """
 
     dim: int
@@ -31,6 +32,7 @@ class Level(NamedTuple):
     mlp_ratio: float
     mixer: Callable[[int], nn.Module]
     layer_scale: float | None = None
+    scale_bias: bool = False
 
 
 class PyramidBlock(nn.Module):
@@ -56,16 +58,19 @@ class PyramidBlock(nn.Module):
         scale = None if level.layer_scale is None else torch.full((dim,), level.layer_scale)
         self.gamma1 = None if scale is None else nn.Parameter(scale.clone())
         self.gamma2 = None if scale is None else nn.Parameter(scale.clone())
+        shift = None if scale is None or not level.scale_bias else torch.zeros(dim)
+        self.beta1 = None if shift is None else nn.Parameter(shift.clone())
+        self.beta2 = None if shift is None else nn.Parameter(shift.clone())
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
         """A map to a map of the same size."""
         x = x + self.positions[0](x)
         mixed = self.mixer(self.norm1(x))
-        x = x + self.drop_path(mixed if self.gamma1 is None else self.gamma1 * mixed)
+        x = x + self.drop_path(_scaled(mixed, self.gamma1, self.beta1))
         if len(self.positions) > 1:
             x = x + self.positions[1](x)
         fed = self.mlp(self.norm2(x))
-        out: Tensor = x + self.drop_path(fed if self.gamma2 is None else self.gamma2 * fed)
+        out: Tensor = x + self.drop_path(_scaled(fed, self.gamma2, self.beta2))
         return out
 
 
@@ -141,6 +146,11 @@ class Pyramid(nn.Module):
         last = self.forward_features(x)[-1].movedim(-1, 1)
         out: Tensor = self.head(self.proj(last).mean((2, 3)))
         return out
+
+
+def _scaled(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    x = x if gamma is None else gamma * x
+    return x if beta is None else x + beta
 
 
 def _init(module: nn.Module) -> None:
