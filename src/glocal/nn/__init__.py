@@ -1,15 +1,18 @@
 """Layers with learned weights, one file a mechanism or a close family; all fill in one frame, `Attention`."""
 
+from glocal.nn.additive import BatchNorm, ContextGate, ConvAdditiveAttention
 from glocal.nn.aha import AllOrHereAttention, gate_rate
 from glocal.nn.asa import LatentSparseAttention, asa_layers
 from glocal.nn.block import MLP, Block, DropPath, GatedGELU, SwiGLU
 from glocal.nn.block_sparse import BlockSparseAttention
 from glocal.nn.concentration import LinearGlobalAttention, LocalConcentration, clamped_linear_attend
 from glocal.nn.conv import ConvMLP, Depthwise
+from glocal.nn.conv_attention import ConvAttention, MSAConv, conv_attend
 from glocal.nn.core_context import CoreContextAttention
 from glocal.nn.descriptor import DescriptorAttention, choose_keyframes
 from glocal.nn.dma import DynamicMaskAttention
 from glocal.nn.efficient import EfficientAttention, context_maps, efficient_attention
+from glocal.nn.factorised import FactorizedAttention
 from glocal.nn.frame import USES, Attention, Call
 from glocal.nn.heavy import HeavyHitterAttention
 from glocal.nn.hyena import Hyena, HyenaPixel
@@ -41,6 +44,7 @@ from glocal.nn.prefix import PrefixGlobalAttention
 from glocal.nn.rope import Rope
 from glocal.nn.shifted import ShiftedSparseAttention
 from glocal.nn.ss2d import SS2D, CrossScan
+from glocal.nn.strip import LocalInteraction, StripAttention
 from glocal.nn.taylor import FastmaxAttention, fastmax, taylor_features
 from glocal.nn.uniba import UnidirectionalBlockAttention
 from glocal.nn.window import MultiScaleWindowAttention, SlidingWindowAttention
@@ -52,10 +56,14 @@ __all__ = [
     "USES",
     "AllOrHereAttention",
     "Attention",
+    "BatchNorm",
     "Block",
     "BlockSparseAttention",
     "Call",
     "CausalMultiHeadLinearAttention",
+    "ContextGate",
+    "ConvAdditiveAttention",
+    "ConvAttention",
     "ConvMLP",
     "CoreContextAttention",
     "CrossScan",
@@ -64,6 +72,7 @@ __all__ = [
     "DropPath",
     "DynamicMaskAttention",
     "EfficientAttention",
+    "FactorizedAttention",
     "FastmaxAttention",
     "GatedGELU",
     "HeavyHitterAttention",
@@ -75,7 +84,9 @@ __all__ = [
     "LinearAttention",
     "LinearGlobalAttention",
     "LocalConcentration",
+    "LocalInteraction",
     "LongT5Attention",
+    "MSAConv",
     "MagnitudeAwareAttention",
     "MixtureOfBlocksAttention",
     "MixtureOfHeadsAttention",
@@ -93,6 +104,7 @@ __all__ = [
     "Rope",
     "ShiftedSparseAttention",
     "SlidingWindowAttention",
+    "StripAttention",
     "SwiGLU",
     "UnidirectionalBlockAttention",
     "asa_layers",
@@ -100,6 +112,7 @@ __all__ = [
     "choose_keyframes",
     "clamped_linear_attend",
     "context_maps",
+    "conv_attend",
     "efficient_attention",
     "fastmax",
     "gate_rate",
