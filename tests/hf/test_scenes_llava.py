@@ -13,6 +13,7 @@ from glocal.bench.pope import verdict
 from glocal.bench.scenes import SIDE, ask_all, scenes
 from glocal.hf import load_vision_language, scenes_llava, scenes_llava_folder
 
+
 @pytest.fixture(scope="module")
 def shipped():
     return scenes_llava()

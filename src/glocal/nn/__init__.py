@@ -1,6 +1,7 @@
 """Layers with learned weights, one file a mechanism or a close family; all fill in one frame, `Attention`."""
 
 from glocal.nn.additive import BatchNorm, ContextGate, ConvAdditiveAttention
+from glocal.nn.agent import AgentAttention, AgentBias, AgentState, agent_attend, causal_agents
 from glocal.nn.aha import AllOrHereAttention, gate_rate
 from glocal.nn.asa import LatentSparseAttention, asa_layers
 from glocal.nn.block import MLP, Block, DropPath, GatedGELU, SwiGLU
@@ -22,6 +23,7 @@ from glocal.nn.less_is_more import LessIsMore, select_tokens, unified_topk
 from glocal.nn.linear import LinearAttention
 from glocal.nn.longt5 import LongT5Attention
 from glocal.nn.mala import MagnitudeAwareAttention, magnitude_aware
+from glocal.nn.merging import AgentSD, Matching, Phase, match_tokens
 from glocal.nn.mhla import MultiHeadLinearAttention, mixing_matrix, multi_head_linear
 from glocal.nn.mhla_causal import CausalMultiHeadLinearAttention, causal_multi_head_linear
 from glocal.nn.mixture_of_heads import MixtureOfHeadsAttention, head_balance
@@ -54,6 +56,10 @@ __all__ = [
     "MLP",
     "SS2D",
     "USES",
+    "AgentAttention",
+    "AgentBias",
+    "AgentSD",
+    "AgentState",
     "AllOrHereAttention",
     "Attention",
     "BatchNorm",
@@ -88,6 +94,7 @@ __all__ = [
     "LongT5Attention",
     "MSAConv",
     "MagnitudeAwareAttention",
+    "Matching",
     "MixtureOfBlocksAttention",
     "MixtureOfHeadsAttention",
     "MultiHeadLinearAttention",
@@ -98,6 +105,7 @@ __all__ = [
     "NeighborhoodAttention",
     "NeuralAttentionSearch",
     "PathDecay",
+    "Phase",
     "PolylineAttention",
     "PolylineLinearAttention",
     "PrefixGlobalAttention",
@@ -107,7 +115,9 @@ __all__ = [
     "StripAttention",
     "SwiGLU",
     "UnidirectionalBlockAttention",
+    "agent_attend",
     "asa_layers",
+    "causal_agents",
     "causal_multi_head_linear",
     "choose_keyframes",
     "clamped_linear_attend",
@@ -118,6 +128,7 @@ __all__ = [
     "gate_rate",
     "head_balance",
     "magnitude_aware",
+    "match_tokens",
     "mixing_matrix",
     "multi_head_linear",
     "multipole_levels",
