@@ -1,6 +1,6 @@
 """Do the scans of LASS carry what the windows before them cannot reach?
 
-    python benchmarks/proofs/s019_segman.py [--seeds 2] [--steps 250]
+    python benchmarks/proofs/_s019_segman.py [--seeds 2] [--steps 250]
 
 Pictures of 32 x 32 pixels: grey discs on noise, and in the upper left corner a mark of 3 x 3 pixels, one of four
 colours. Each pixel is to be given its class: background, or on all discs the mark's colour. Two blocks with windows of

@@ -1,6 +1,6 @@
 """What does attention by the exponential's first terms lose as a language model, and how does its work grow?
 
-    python benchmarks/proofs/s039_fast.py [--seeds 1] [--steps 300]
+    python benchmarks/proofs/_s039_fast.py [--seeds 1] [--steps 300]
 
 Byte models of two layers, 64 channels and 4 heads on the standard library's source, 256 bytes at a time: softmax
 attention, and fastmax with the series up to the square and up to the linear term. Held-out bits per byte, and the

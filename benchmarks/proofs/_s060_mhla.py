@@ -1,6 +1,6 @@
 """Does a mixture for each block of queries give linear attention back what one summary for all has lost?
 
-    python benchmarks/proofs/s060_mhla.py [--seeds 3] [--steps 600]
+    python benchmarks/proofs/_s060_mhla.py [--seeds 3] [--steps 600]
 
 Mosaics of 4 x 4 handwritten digits (scikit-learn's `load_digits`), 32 x 32 pixels, 8 x 8 patches, 4 x 4 blocks of
 tokens. Without training: the rank and the mean entropy of the rows of the attention matrix, of features that random

@@ -1,6 +1,6 @@
 """Do coarser copies of a map give window attention what it needs for a global problem, at a linear cost?
 
-    python benchmarks/proofs/s101_mano.py [--steps 400] [--seeds 1]
+    python benchmarks/proofs/_s101_mano.py [--steps 400] [--seeds 1]
 
 Darcy flow on 32 x 32 cells (`glocal.bench.darcy`), 400 bodies to learn from and 100 to be tested on: from what the body
 lets through, 3 or 12, and two coordinates to the pressure. MANO's network with windows of 4 x 4 on three levels and the
