@@ -123,7 +123,7 @@ def linear_attend(
     True
     """
     apply = _feature(feature)
-    _check(q, k, v, causal, keys, decay, chunk)
+    check(q, k, v, causal, keys, decay, chunk)
     dtype = torch.promote_types(q.dtype, torch.float32)
     fq, fk, wide = apply(q.to(dtype)), apply(k.to(dtype)), v.to(dtype)
     if keys is not None:
@@ -173,9 +173,8 @@ def _feature(feature: str | Feature) -> Feature:
     return FEATURES[feature]
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, keys: Tensor | None, decay: Tensor | None, chunk: int
-) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, causal: bool, keys: Tensor | None, decay: Tensor | None, chunk: int) -> None:
+    """Refuse what linear attention cannot take; for mechanisms of the family too."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 4 or not t.is_floating_point():
             raise ValueError(f"{name} must be floats (B, heads, tokens, channels); it was {t.dtype} {tuple(t.shape)}")

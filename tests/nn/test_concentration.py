@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from glocal.linear import LinearState
-from glocal.nn.concentration import LinearGlobalAttention, LocalConcentration, clamped_linear_attend
+from glocal.nn.concentration import LinearGlobalAttention, clamped_linear_attend
 from tests.nn.layers import project, steps
 from tests.peers import load_timm
 
@@ -74,29 +74,6 @@ def test_equals_timms_efficientvit():
     torch.testing.assert_close(clamped_linear_attend(q, k, v, denom_min=1e-5)[0], theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_local_concentration_equals_timms_local_patch_interaction():
-    peer = load_timm("models.xcit").LPI(6, kernel_size=7).double()
-    layer = LocalConcentration(6).double()
-    for name, theirs in peer.named_parameters():
-        torch.nn.init.normal_(theirs)
-        layer.get_parameter(name.replace("bn.", "norm.")).data.copy_(theirs.data)
-    x = torch.randn(3, 9, 8, 6).double()
-    for training in (True, False):  # by the batch's own statistics, and then by the running ones that are left
-        peer.train(training)
-        layer.train(training)
-        theirs = peer(x.flatten(1, 2), 9, 8).unflatten(1, (9, 8))
-        torch.testing.assert_close(layer(x), theirs)
-
-
-def test_local_concentration_reaches_six_pixels():
-    """Two sides of 7: three pixels and three more."""
-    layer = LocalConcentration(2).eval()
-    x = torch.randn(1, 17, 17, 2, requires_grad=True)
-    (found,) = torch.autograd.grad(layer(x)[0, 8, 8].sum(), x)
-    at = found.abs().sum(-1)[0].nonzero()
-    assert at.min(0).values.tolist() == [2, 2] and at.max(0).values.tolist() == [14, 14]
-
-
 @pytest.mark.parametrize("cut", [1, 6, 12])
 def test_in_pieces(cut):
     q, k, v = tensors(heads=4)
@@ -155,5 +132,3 @@ def test_bad_settings():
             make()
     with pytest.raises(ValueError, match="feature does not apply"):
         LinearGlobalAttention(24, 3, feature="elu")
-    with pytest.raises(ValueError, match="side must be odd"):
-        LocalConcentration(8, 6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from glocal.cache import StateCache
-from glocal.nn import Attention, Call, Depthwise, LinearAttention, Rope
+from glocal.nn import Attention, Call, LinearAttention, Rope
 from tests.nn.layers import project, steps
 
 
@@ -70,14 +70,6 @@ def test_lepe_and_gate_stand_around_any_mixer(kind):
     q, k = plain.q_proj(x), plain.k_proj(x)
     mixed = plain.mix(*(plain.heads(t, 3) for t in (q, k, v)), Call(x, x, None, None, False)).movedim(1, -2).flatten(-2)
     assert torch.allclose(layer(x), layer.o_proj((mixed + conv) * layer.g_proj(x)), atol=1e-6)
-
-
-def test_depthwise_is_a_convolution_of_each_channel_alone():
-    conv = Depthwise(3, 5)
-    x = torch.randn(2, 6, 7, 3)
-    for c in range(3):
-        alone = torch.nn.functional.conv2d(x[..., c][:, None], conv.weight[c : c + 1], conv.bias[c : c + 1], padding=2)
-        assert torch.allclose(conv(x)[..., c], alone[:, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from glocal.inspect import verify
 from glocal.nn import USES, Call
-from glocal.nn.strip import LocalInteraction, StripAttention
+from glocal.nn.strip import StripAttention
 from tests.peers import load_timm
 
 
@@ -80,17 +80,6 @@ def test_keys_of_another_map():
     assert layer(x, context).shape == x.shape
     swapped = layer(x.flip(1), context)
     torch.testing.assert_close(swapped, layer(x, context).flip(1))
-
-
-def test_local_interaction_is_that_of_xcit():
-    kind = load_timm("models.xcit").LPI
-    torch.manual_seed(0)
-    mine, peer = LocalInteraction(6).eval(), kind(6).eval()
-    nn.init.normal_(mine[2].running_mean), nn.init.uniform_(mine[2].running_var)
-    for own, theirs in ((mine[0], peer.conv1), (mine[2], peer.bn), (mine[3], peer.conv2)):
-        theirs.load_state_dict(own.state_dict())
-    x = torch.randn(2, 5, 7, 6)
-    torch.testing.assert_close(mine(x), peer(x.flatten(1, 2), 5, 7).view(x.shape))
 
 
 def test_gradients():

@@ -1,13 +1,13 @@
 """Layers with learned weights, one file a mechanism or a close family; all fill in one frame, `Attention`."""
 
-from glocal.nn.additive import BatchNorm, ContextGate, ConvAdditiveAttention
+from glocal.nn.additive import ContextGate, ConvAdditiveAttention
 from glocal.nn.agent import AgentAttention, AgentBias, AgentState, agent_attend, causal_agents
 from glocal.nn.aha import AllOrHereAttention, gate_rate
 from glocal.nn.asa import LatentSparseAttention, asa_layers
 from glocal.nn.block import MLP, Block, DropPath, GatedGELU, SwiGLU
 from glocal.nn.block_sparse import BlockSparseAttention
-from glocal.nn.concentration import LinearGlobalAttention, LocalConcentration, clamped_linear_attend
-from glocal.nn.conv import ConvMLP, Depthwise
+from glocal.nn.concentration import LinearGlobalAttention, clamped_linear_attend
+from glocal.nn.conv import BatchNorm, ConvMLP, Depthwise, LocalInteraction
 from glocal.nn.conv_attention import ConvAttention, MSAConv, conv_attend
 from glocal.nn.core_context import CoreContextAttention
 from glocal.nn.descriptor import DescriptorAttention, choose_keyframes
@@ -46,7 +46,7 @@ from glocal.nn.prefix import PrefixGlobalAttention
 from glocal.nn.rope import Rope
 from glocal.nn.shifted import ShiftedSparseAttention
 from glocal.nn.ss2d import SS2D, CrossScan
-from glocal.nn.strip import LocalInteraction, StripAttention
+from glocal.nn.strip import StripAttention
 from glocal.nn.taylor import FastmaxAttention, fastmax, taylor_features
 from glocal.nn.uniba import UnidirectionalBlockAttention
 from glocal.nn.window import MultiScaleWindowAttention, SlidingWindowAttention
@@ -89,7 +89,6 @@ __all__ = [
     "LessIsMore",
     "LinearAttention",
     "LinearGlobalAttention",
-    "LocalConcentration",
     "LocalInteraction",
     "LongT5Attention",
     "MSAConv",

@@ -4,24 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from glocal.nn.conv import Depthwise
+from glocal.nn.conv import BatchNorm, Depthwise
 from glocal.shapes import Float
 
-__all__ = ["BatchNorm", "ContextGate", "ConvAdditiveAttention"]
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Batch norm of maps with channels last, ``(B, H, W, dim)`` to the same.
-
-    >>> import torch
-    >>> BatchNorm(8)(torch.randn(2, 5, 7, 8)).shape
-    torch.Size([2, 5, 7, 8])
-    """
-
-    def forward(self, x: Float[Tensor, "B H W dim"]) -> Float[Tensor, "B H W dim"]:
-        """Channels last in and out."""
-        out: Tensor = super().forward(x.movedim(-1, 1)).movedim(1, -1)
-        return out
+__all__ = ["ContextGate", "ConvAdditiveAttention"]
 
 
 class ContextGate(nn.Module):

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from glocal.linear import LinearState, linear_attend
-from glocal.nn.conv import Depthwise
 from glocal.nn.frame import Call
 from glocal.nn.linear import LinearAttention
 from glocal.shapes import Bool, Float
 
-__all__ = ["LinearGlobalAttention", "LocalConcentration", "clamped_linear_attend"]
+__all__ = ["LinearGlobalAttention", "clamped_linear_attend"]
 
 
 def clamped_linear_attend(
@@ -101,29 +100,3 @@ class LinearGlobalAttention(LinearAttention):
         options: dict[str, Any] = dict(causal=self.causal, keys=call.real, state=state)
         out, after = clamped_linear_attend(q, k, v, denom_min=self.denom_min, **options)
         return out * self.factor[:, None, None], after
-
-
-class LocalConcentration(nn.Module):
-    """Gathers again near each token what linear attention has spread: depthwise, GELU, batch norm, depthwise.
-
-    Zheng, 2025, arXiv 2501.16182. The same layers are XCiT's local patch interaction (El-Nouby et al., 2021, arXiv
-    2106.09681), there with 3 x 3 pixels.
-
-    Args:
-        dim: channels.
-        side: of both convolutions.
-
-    >>> LocalConcentration(8)(torch.randn(2, 5, 7, 8)).shape
-    torch.Size([2, 5, 7, 8])
-    """
-
-    def __init__(self, dim: int, side: int = 7) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = Depthwise(dim, side), Depthwise(dim, side)
-        self.act, self.norm = nn.GELU(), nn.BatchNorm2d(dim)
-
-    def forward(self, x: Float[Tensor, "B H W dim"]) -> Float[Tensor, "B H W dim"]:
-        """``(B, H, W, dim)`` to the same."""
-        x = self.act(self.conv1(x))
-        out: Tensor = self.conv2(self.norm(x.movedim(-1, 1)).movedim(1, -1))
-        return out

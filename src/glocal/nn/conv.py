@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from glocal.shapes import Float
 
-__all__ = ["ConvMLP", "Depthwise"]
+__all__ = ["BatchNorm", "ConvMLP", "Depthwise", "LocalInteraction"]
 
 
 class Depthwise(nn.Conv2d):
@@ -56,4 +56,44 @@ class ConvMLP(nn.Module):
         else:
             hidden = self.act(self.dw(hidden))
         out: Tensor = self.fc2(hidden)
+        return out
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm of maps with channels last, ``(B, H, W, dim)`` to the same.
+
+    >>> import torch
+    >>> BatchNorm(8)(torch.randn(2, 5, 7, 8)).shape
+    torch.Size([2, 5, 7, 8])
+    """
+
+    def forward(self, x: Float[Tensor, "B H W dim"]) -> Float[Tensor, "B H W dim"]:
+        """Channels last in and out."""
+        out: Tensor = super().forward(x.movedim(-1, 1)).movedim(1, -1)
+        return out
+
+
+class LocalInteraction(nn.Module):
+    """Two depthwise convolutions with GELU and batch norm between: what gathers near a token what attention has spread.
+
+    XCiT's local patch interaction (El-Nouby et al., 2021, arXiv 2106.09681); with a side of 7 L2ViT's local
+    concentration (Zheng, 2025, arXiv 2501.16182).
+
+    Args:
+        dim: channels.
+        side: of both convolutions.
+
+    >>> import torch
+    >>> LocalInteraction(8)(torch.randn(2, 5, 7, 8)).shape
+    torch.Size([2, 5, 7, 8])
+    """
+
+    def __init__(self, dim: int, side: int = 3) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = Depthwise(dim, side), Depthwise(dim, side)
+        self.act, self.norm = nn.GELU(), BatchNorm(dim)
+
+    def forward(self, x: Float[Tensor, "B H W dim"]) -> Float[Tensor, "B H W dim"]:
+        """``(B, H, W, dim)`` to the same."""
+        out: Tensor = self.conv2(self.norm(self.act(self.conv1(x))))
         return out

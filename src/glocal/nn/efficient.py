@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from glocal.linear import LinearState, _check, linear_attend
+from glocal.linear import LinearState, check, linear_attend
 from glocal.nn.frame import Call
 from glocal.nn.linear import LinearAttention
 from glocal.shapes import Bool, Float
@@ -75,7 +75,7 @@ def efficient_attention(
         raise ValueError(f"form must be 'softmax' or 'scaling'; it was {form!r}")
     if form == "scaling":
         return _scaling(q, k, v, causal, keys, state, chunk)
-    _check(q, k, v, causal, keys, None, chunk)
+    check(q, k, v, causal, keys, None, chunk)
     group, queries = q.shape[1] // k.shape[1], q.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
     fq, wide_k, wide_v = q.to(dtype).softmax(-1).unflatten(1, (-1, group)), k.to(dtype), v.to(dtype)

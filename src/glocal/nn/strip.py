@@ -6,11 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from glocal.nn.additive import BatchNorm
-from glocal.nn.conv import Depthwise
 from glocal.nn.frame import Attention
 
-__all__ = ["LocalInteraction", "StripAttention"]
+__all__ = ["StripAttention"]
 
 _NO_CAUSAL = "the strided convolution mixes what comes before a place with what comes after it"
 
@@ -79,17 +77,3 @@ class StripAttention(Attention):
 
     def extra_repr(self) -> str:
         return f"key_dim={self.key_dim}, reduction={self.reduction}"
-
-
-class LocalInteraction(nn.Sequential):
-    """Two depthwise convolutions with GELU and batch norm between: ``(B, H, W, dim)`` to the same.
-
-    The local patch interaction of XCiT (El-Nouby et al., 2021, arXiv 2106.09681).
-
-    >>> import torch
-    >>> LocalInteraction(8)(torch.randn(2, 5, 7, 8)).shape
-    torch.Size([2, 5, 7, 8])
-    """
-
-    def __init__(self, dim: int, side: int = 3) -> None:
-        super().__init__(Depthwise(dim, side), nn.GELU(), BatchNorm(dim), Depthwise(dim, side))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, pad
 from torch.utils.checkpoint import checkpoint
 
-from glocal.linear import LinearState, _check, linear_attend
+from glocal.linear import LinearState, check, linear_attend
 from glocal.nn.frame import Call
 from glocal.nn.linear import LinearAttention
 from glocal.shapes import Bool, Float
@@ -100,7 +100,7 @@ def fastmax(
     (torch.Size([1, 2, 10, 8]), torch.Size([1, 2, 45, 8]))
     """
     t = _temperature(power, normalisation, temperature, q.shape[-1])
-    _check(q, k, v, causal, keys, None, chunk)
+    check(q, k, v, causal, keys, None, chunk)
     _sees_all(normalisation, causal, state is not None)
     if queries is not None and (queries.dtype != torch.bool or queries.shape != (q.shape[0], q.shape[2])):
         raise ValueError(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from glocal.models.registry import register
 from glocal.nn import MLP, Depthwise, DropPath
-from glocal.nn.additive import BatchNorm, ConvAdditiveAttention
+from glocal.nn.additive import ConvAdditiveAttention
+from glocal.nn.conv import BatchNorm
 from glocal.shapes import Float
 
 __all__ = ["CASBlock", "CASViT", "LocalIntegration", "casvit_m", "casvit_s", "casvit_t", "casvit_xs"]

@@ -12,7 +12,8 @@ from torch.nn.functional import pad
 
 from glocal.models.registry import register
 from glocal.nn import MLP, Attention, Depthwise, DropPath
-from glocal.nn.concentration import LinearGlobalAttention, LocalConcentration
+from glocal.nn.concentration import LinearGlobalAttention
+from glocal.nn.conv import LocalInteraction
 from glocal.shapes import Float
 
 __all__ = ["GlobalBlock", "L2ViT", "WindowBlock", "l2vit_base", "l2vit_base_384", "l2vit_small", "l2vit_tiny"]
@@ -88,7 +89,7 @@ class GlobalBlock(nn.Module):
         self.position = Depthwise(dim, 3)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention = LinearGlobalAttention(dim, num_heads, denom_min=denom_min, qkv_bias=True, out_bias=True)
-        self.local = nn.Sequential(nn.LayerNorm(dim), LocalConcentration(dim)) if concentrate else None
+        self.local = nn.Sequential(nn.LayerNorm(dim), LocalInteraction(dim, 7)) if concentrate else None
         self.mlp = MLP(dim, int(mlp_ratio * dim))
         self.drop_path = DropPath(drop_path)
 

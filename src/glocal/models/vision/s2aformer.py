@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from glocal.models.registry import register
 from glocal.nn import MLP, Depthwise, DropPath
-from glocal.nn.strip import LocalInteraction, StripAttention
+from glocal.nn.conv import LocalInteraction
+from glocal.nn.strip import StripAttention
 from glocal.shapes import Float
 
 __all__ = ["HybridPerceptionBlock", "S2AFormer", "s2aformer_ref_tiny"]
