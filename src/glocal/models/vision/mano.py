@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from glocal.models.registry import register
+from glocal.models.vision.patches import PatchMerge
 from glocal.nn import MLP, Block
 from glocal.nn.multipole import MultipoleAttention
 from glocal.shapes import Float
@@ -65,7 +66,7 @@ class MANO(nn.Module):
             )
         self.patch = patch
         self.embed, self.embed_norm = nn.Conv2d(channels, dims[0], patch, patch), nn.LayerNorm(dims[0])
-        self.down = nn.ModuleList(_Merge(a, b) for a, b in pairwise(dims))
+        self.down = nn.ModuleList(PatchMerge(a, b) for a, b in pairwise(dims))
         rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
 
         def block(stage: int) -> nn.Module:
@@ -155,22 +156,6 @@ class MANOOperator(nn.Module):
             x = x + mixer(x)  # the mixer normalises its windows itself
             x = x + mlp(norm(x))
         out: Tensor = self.head(x).movedim(-1, 1)
-        return out
-
-
-class _Merge(nn.Module):
-    """Two by two tokens to one, as Swin does it."""
-
-    def __init__(self, dim: int, out: int) -> None:
-        super().__init__()
-        self.norm, self.reduction = nn.LayerNorm(4 * dim), nn.Linear(4 * dim, out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        below, right = (n % 2 for n in x.shape[1:3])
-        x = pad(x, (0, 0, 0, right, 0, below)) if below or right else x
-        # Rows change faster than columns, in the order of the published weights.
-        parts = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        out: Tensor = self.reduction(self.norm(torch.cat(parts, -1)))
         return out
 
 

@@ -33,20 +33,22 @@ class Patches(nn.Module):
 
 
 class PatchMerge(nn.Module):
-    """Half the size, twice the channels: 2 x 2 tokens are joined, column by column; an odd map is filled with zeros.
+    """Half the size, twice the channels or ``out``: 2 x 2 tokens are joined, column by column.
+
+    An odd map is filled with zeros.
 
     >>> import torch
     >>> PatchMerge(16)(torch.randn(2, 5, 8, 16)).shape
     torch.Size([2, 3, 4, 32])
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, out: int | None = None) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.proj = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.proj = nn.Linear(4 * dim, 2 * dim if out is None else out, bias=False)
 
-    def forward(self, x: Float[Tensor, "B H W dim"]) -> Float[Tensor, "B h w dim2"]:
-        """``(B, H, W, dim)`` to ``(B, H / 2, W / 2, 2 * dim)``."""
+    def forward(self, x: Float[Tensor, "B H W dim"]) -> Float[Tensor, "B h w out"]:
+        """``(B, H, W, dim)`` to ``(B, H / 2, W / 2, out)``."""
         height, width = x.shape[1:3]
         x = pad(x, (0, 0, 0, width % 2, 0, height % 2))
         x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, h, 2, w, 2, C)
