@@ -338,16 +338,22 @@ def test_a_conversion_keeps_every_setting():
         "softcap": 5.0,
         "dropout": 0.1,
         "backend": "dense",
+        "gate": True,
     }
-    options = inspect.signature(Attention.__init__).parameters.keys() - {"self", "dim", "num_heads", "project"}
+    images = {"lepe"}  # for images without causality: below
+    options = inspect.signature(Attention.__init__).parameters.keys() - {"self", "dim", "num_heads", "project"} - images
     assert settings.keys() == options, "another option of Attention, which from_attention must pass on"
     trained = Attention(DIM, HEADS, **settings).double().eval()
     layer = MixtureOfHeadsAttention.from_attention(trained, shared_heads=2, top_k=4)
     x, context = tokens(5), tokens(9, dim=20)
     torch.testing.assert_close(layer(x, context), trained(x, context))
-    for name in settings.keys() - {"qkv_bias", "out_bias"}:
+    for name in settings.keys() - {"qkv_bias", "out_bias", "gate"}:
         assert getattr(layer, name) == getattr(trained, name)
     assert not layer.training and layer.q_proj.weight is not trained.q_proj.weight
+    trained = Attention(DIM, HEADS, lepe=5).double().eval()
+    layer = MixtureOfHeadsAttention.from_attention(trained, shared_heads=2, top_k=4)
+    image = tokens(20).unflatten(1, (4, 5))
+    torch.testing.assert_close(layer(image), trained(image))
     with pytest.raises(ValueError, match=r"layer must be plain Attention; it was Sliding"):
         MixtureOfHeadsAttention.from_attention(SlidingWindowAttention(16, 2, window=4))
 

@@ -121,6 +121,7 @@ class MixtureOfHeadsAttention(Attention):
         rest = ("causal", "qk_norm", "rope", "scale", "softcap", "dropout", "backend")
         kept = {name: getattr(layer, name) for name in sizes + rest}
         kept |= {"qkv_bias": "q_proj.bias" in trained, "out_bias": "o_proj.bias" in trained}
+        kept |= {"gate": layer.g_proj is not None, "lepe": None if layer.lepe is None else layer.lepe.kernel_size[0]}
         made = cls(layer.dim, layer.num_heads, **(kept | options))
         first = next(layer.parameters(), None)
         if first is not None:
