@@ -105,7 +105,7 @@ class PixelFilter(ImplicitFilter):
         size = 2 * side - 1
         hidden = 2 * features if hidden is None else hidden
         super().__init__(sincos_grid(size, size, features).T.unflatten(1, (size, size)), dim, (hidden, hidden))
-        self.fade = nn.Parameter(torch.linspace(*_FADES, dim) / size)
+        self.fade = nn.Parameter(torch.linspace(*_FADES, dim, device=self.z.device) / size)
         self.shift = nn.Parameter(torch.zeros(dim))
         self.register_buffer("cells", torch.tensor(size))
         self.cells: Tensor
@@ -153,7 +153,10 @@ class SequenceFilter(ImplicitFilter):
             raise ValueError(f"features must be odd: the distance, and cosine and sine of each wave; it was {features}")
         self.causal = causal
         size, bands = length if causal else 2 * length - 1, features // 2
-        angle = 2 * math.pi / size * torch.arange(size) * torch.linspace(1e-4, bands - 1, bands)[:, None]
+        at = torch.arange(size)
+        # transformers can leave a linspace behind that is always made on the CPU; a device that is said stays.
+        waves = torch.linspace(1e-4, bands - 1, bands, device=at.device)
+        angle = 2 * math.pi / size * at * waves[:, None]
         near = 1 - self._away(size, causal)
         super().__init__(torch.cat([near[None], angle.cos(), -angle.sin()]), dim, (hidden,) * 3)
 
