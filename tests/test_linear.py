@@ -36,7 +36,7 @@ def brute(q, k, v, feature=FEATURES["elu"], *, causal=False, decay=None, keys=No
     return scores @ v
 
 
-def same(found, wanted, inputs):
+def assert_same(found, wanted, inputs):
     """Forward and gradient."""
     assert torch.allclose(found, wanted, atol=1e-10)
     weight = torch.sin(torch.arange(found.numel(), dtype=found.dtype)).view(found.shape)
@@ -51,14 +51,14 @@ def test_all_keys_at_once(feature, n, m):
     with torch.no_grad():
         q += 2  # else relu leaves rows without any score, which have no quotient
         k += 2
-    same(linear_attend(q, k, v, feature=feature), brute(q, k, v, FEATURES[feature]), (q, k, v))
+    assert_same(linear_attend(q, k, v, feature=feature), brute(q, k, v, FEATURES[feature]), (q, k, v))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 100])
 @pytest.mark.parametrize("n", [1, 64, 100])
 def test_causal_in_chunks(chunk, n):
     q, k, v = tensors(n, heads=4)
-    same(linear_attend(q, k, v, causal=True, chunk=chunk), brute(q, k, v, causal=True), (q, k, v))
+    assert_same(linear_attend(q, k, v, causal=True, chunk=chunk), brute(q, k, v, causal=True), (q, k, v))
 
 
 @pytest.mark.parametrize("fades", [False, True])
@@ -74,7 +74,7 @@ def test_what_fades(chunk):
     q, k, v = tensors(19, heads=4)
     decay = (-torch.rand(2, 2, 19, dtype=DOUBLE)).requires_grad_()
     found = linear_attend(q, k, v, causal=True, decay=decay, chunk=chunk)
-    same(found, brute(q, k, v, causal=True, decay=decay), (q, k, v, decay))
+    assert_same(found, brute(q, k, v, causal=True, decay=decay), (q, k, v, decay))
 
 
 def test_a_constant_decay_is_a_power_of_the_distance():
@@ -122,7 +122,7 @@ def test_a_state_carries_gradients():
     q, k, v = tensors(13)
     first, state = linear_attend(*(t[:, :, :6] for t in (q, k, v)), causal=True, return_state=True)
     then = linear_attend(*(t[:, :, 6:] for t in (q, k, v)), causal=True, state=state, chunk=3)
-    same(torch.cat([first, then], 2), brute(q, k, v, causal=True), (q, k, v))
+    assert_same(torch.cat([first, then], 2), brute(q, k, v, causal=True), (q, k, v))
 
 
 def test_all_keys_at_once_after_a_state():
@@ -170,7 +170,7 @@ def test_more_states_than_are_held_at_a_time(monkeypatch):
     q, k, v = tensors(50)
     wanted = linear_attend(q, k, v, causal=True, chunk=4)
     monkeypatch.setattr(linear, "_AT_ONCE", 1)
-    same(linear_attend(q, k, v, causal=True, chunk=4), wanted, (q, k, v))
+    assert_same(linear_attend(q, k, v, causal=True, chunk=4), wanted, (q, k, v))
 
 
 def test_softmax_attention_is_its_limit():

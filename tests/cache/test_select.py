@@ -79,7 +79,7 @@ def feed(cache: Cache, rows, pieces, start: int = 0) -> None:
         start += n
 
 
-def same(a: Cache, b: Cache) -> None:
+def assert_same(a: Cache, b: Cache) -> None:
     assert a.seen == b.seen and a.nbytes == b.nbytes
     for x, y in zip(a.kept(), b.kept(), strict=True):
         position = x.position.expand(x.k.shape[:3])
@@ -112,11 +112,11 @@ def test_chosen_rows_go_on_as_those_rows(name, batch, rows, first):
         value[:, :, sum(first) :] = later[key][:, :, sum(first) :]
     feed(fresh, mine, first)
     if not name.endswith("roles"):
-        same(used, fresh)
+        assert_same(used, fresh)
     rest = [1] * (LENGTH - sum(first))
     feed(used, mine, rest, sum(first))
     feed(fresh, mine, rest, sum(first))
-    same(used, fresh)
+    assert_same(used, fresh)
 
 
 def test_rows_of_a_ring_are_copies():

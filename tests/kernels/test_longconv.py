@@ -22,7 +22,7 @@ def tensors(*grid, sizes, channels=3):
     return x.requires_grad_(), kernel.requires_grad_()
 
 
-def agree(found, wanted, *inputs):
+def assert_agree(found, wanted, *inputs):
     assert found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-12)
     weights = torch.randn_like(wanted)
     one, other = (torch.autograd.grad((out * weights).sum(), inputs) for out in (found, wanted))
@@ -33,7 +33,7 @@ def agree(found, wanted, *inputs):
 def test_images(size):
     """Kernels smaller than the image, as large as what its outputs see (11 by 9), and larger."""
     x, kernel = tensors(6, 5, sizes=(size, size))
-    agree(long_conv(x, kernel), direct(x, kernel), x, kernel)
+    assert_agree(long_conv(x, kernel), direct(x, kernel), x, kernel)
 
 
 @pytest.mark.parametrize(
@@ -41,14 +41,14 @@ def test_images(size):
 )
 def test_axes_of_unlike_sizes(grid, sizes):
     x, kernel = tensors(*grid, sizes=sizes)
-    agree(long_conv(x, kernel), direct(x, kernel), x, kernel)
+    assert_agree(long_conv(x, kernel), direct(x, kernel), x, kernel)
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 13, 21])
 @pytest.mark.parametrize("n", [1, 2, 7, 16])
 def test_sequences(n, size):
     x, kernel = tensors(n, sizes=(size,))
-    agree(long_conv(x, kernel), direct(x, kernel), x, kernel)
+    assert_agree(long_conv(x, kernel), direct(x, kernel), x, kernel)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 16, 21])
@@ -56,7 +56,7 @@ def test_sequences(n, size):
 def test_causal_sequences(n, size):
     x, kernel = tensors(n, sizes=(size,))
     wanted = conv1d(pad(x, (size - 1, 0)), kernel.flip(1)[:, None], groups=3)
-    agree(long_conv(x, kernel, causal=True), wanted, x, kernel)
+    assert_agree(long_conv(x, kernel, causal=True), wanted, x, kernel)
 
 
 def test_gradcheck():

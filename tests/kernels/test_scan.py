@@ -31,7 +31,7 @@ def loop(u, delta, a, b, c, d=None, state=None):
     return torch.stack(out, -2), h
 
 
-def same(one, other, inputs):
+def assert_same(one, other, inputs):
     """Outputs, last states, and gradients of all inputs."""
     found = []
     for y, last in (one, other):
@@ -47,20 +47,20 @@ def same(one, other, inputs):
 @pytest.mark.parametrize("length", LENGTHS)
 def test_by_its_recurrence_with_gradients(length, size, chunk):
     inputs = tensors(length, size)
-    same(selective_scan(*inputs[:6], state=inputs[6], chunk=chunk), loop(*inputs), inputs)
+    assert_same(selective_scan(*inputs[:6], state=inputs[6], chunk=chunk), loop(*inputs), inputs)
 
 
 def test_weights_of_several_scans_broadcast():
     inputs = tensors(11, 2, lead=(2, 4), scan=(4,))
-    same(selective_scan(*inputs[:6], state=inputs[6]), loop(*inputs), inputs)
+    assert_same(selective_scan(*inputs[:6], state=inputs[6]), loop(*inputs), inputs)
     shared = tensors(11, 2, lead=(2, 4), scan=(1,))
-    same(selective_scan(*shared[:6], state=shared[6]), loop(*shared), shared)
+    assert_same(selective_scan(*shared[:6], state=shared[6]), loop(*shared), shared)
 
 
 def test_a_backward_pass_in_parts_is_the_same(monkeypatch):
     inputs = tensors(65, 4)
     monkeypatch.setattr("glocal.kernels.scan._AT_ONCE", 200)
-    same(selective_scan(*inputs[:6], state=inputs[6], chunk=4), loop(*inputs), inputs)
+    assert_same(selective_scan(*inputs[:6], state=inputs[6], chunk=4), loop(*inputs), inputs)
 
 
 @pytest.mark.parametrize("size", STATES)
@@ -170,7 +170,7 @@ def test_opcheck_and_one_graph():
     torch.library.opcheck(torch.ops.glocal.selective_scan, arguments)
     inputs = (u, delta, a, b, c, d)
     compiled = torch.compile(selective_scan, backend="aot_eager", fullgraph=True)
-    same(compiled(*inputs), selective_scan(*inputs), inputs)
+    assert_same(compiled(*inputs), selective_scan(*inputs), inputs)
 
 
 SCRIPT = """

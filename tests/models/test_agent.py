@@ -9,6 +9,7 @@ from glocal.models.vision.agent_pvt import AgentPVT
 from glocal.models.vision.agent_swin import AgentSwin, SwinAttention
 from glocal.nn import Attention
 from glocal.nn.agent import AgentAttention
+from tests.models.networks import assert_a_step_changes, assert_exports
 
 EXACT = {
     "agent_pvt_tiny": 11_570_352,
@@ -100,23 +101,19 @@ def test_the_maps_of_the_levels():
 @MODELS
 def test_one_step_of_training_reaches_every_weight(make):
     model = make(drop_path=0.1).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = torch.randn(8, 3, 32, 32), torch.randint(5, (8,))
     torch.nn.functional.cross_entropy(model(x), y).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None, name
         # A bias that all keys share leaves softmax as it is.
         assert "k_proj.bias" in name or p.grad.abs().max() > 0, name
-    before = [p.clone() for p in model.parameters()]
-    optimizer.step()
-    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert_a_step_changes(model)
 
 
 @MODELS
 def test_it_exports(make):
     model, x = make().eval(), torch.randn(2, 3, 32, 32)
-    exported = torch.export.export(model, (x,)).module()
-    assert torch.allclose(exported(x), model(x), atol=1e-5)
+    assert_exports(model, x)
 
 
 def test_the_class_token_by_hand():

@@ -6,6 +6,7 @@ from torch import nn
 
 import glocal
 from glocal.models.vision.casvit import CASViT, LocalIntegration
+from tests.models.networks import assert_a_step_changes, assert_exports
 from tests.peers import load_timm
 
 PUBLISHED = {
@@ -51,7 +52,6 @@ def test_two_classifiers_in_training_and_their_mean_after_it():
 
 def test_one_step_of_training_reaches_every_weight():
     model = small(drop_path=0.2).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = torch.randn(8, 3, 32, 32), torch.randint(5, (8,))
     sum(nn.functional.cross_entropy(logits, y) for logits in model(x)).backward()
     # A bias before a batch norm is taken off again.
@@ -59,9 +59,7 @@ def test_one_step_of_training_reaches_every_weight():
     for name, p in model.named_parameters():
         assert p.grad is not None, name
         assert name.endswith(before_norm) or p.grad.abs().max() > 0, name
-    before = [p.clone() for p in model.parameters()]
-    optimizer.step()
-    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert_a_step_changes(model)
 
 
 def test_branches_are_dropped_more_and_more():
@@ -93,8 +91,7 @@ def test_the_local_block_is_an_inverted_bottleneck_that_does_not_expand():
 def test_it_exports():
     model = small().eval()
     x = torch.randn(2, 3, 32, 32)
-    exported = torch.export.export(model, (x,)).module()
-    assert torch.allclose(exported(x), model(x), atol=1e-5)
+    assert_exports(model, x)
 
 
 def test_bad_settings():

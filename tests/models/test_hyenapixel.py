@@ -8,6 +8,7 @@ from glocal.models.vision.hyenapixel import HyenaFormer
 from glocal.models.vision.metaformer import MetaFormer, SepConv, Stage, attention
 from glocal.nn import Attention
 from glocal.nn.hyena import Hyena, HyenaPixel, PixelFilter
+from tests.models.networks import assert_exports
 from tests.peers import load_timm
 
 PUBLISHED = {
@@ -190,8 +191,7 @@ def test_resolution():
 def test_it_exports():
     model = small(norm=True).eval()
     x = torch.randn(2, 3, 32, 32)
-    exported = torch.export.export(model, (x,)).module()
-    assert torch.allclose(exported(x), model(x), atol=1e-5)
+    assert_exports(model, x)
 
 
 def test_bad_settings():

@@ -6,6 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import glocal
 from glocal.models.vision.l2vit import GlobalBlock, L2ViT, WindowBlock
+from tests.models.networks import assert_a_step_changes, assert_exports
 
 PUBLISHED = {
     "l2vit_tiny": 28_596_781,
@@ -83,7 +84,6 @@ def test_the_order_of_a_global_block():
 
 def test_one_step_of_training_reaches_every_weight():
     model = small(drop_path=0.2).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = torch.randn(8, 3, 32, 32), torch.randint(5, (8,))
     torch.nn.functional.cross_entropy(model(x), y).backward()
     # A bias before a batch norm is taken off again, and one that all keys share leaves softmax as it is.
@@ -92,9 +92,7 @@ def test_one_step_of_training_reaches_every_weight():
         assert p.grad is not None, name
         soft = ".0.attention.k_proj.bias" in name
         assert name in dead or soft or p.grad.abs().max() > 0, name
-    before = [p.clone() for p in model.parameters()]
-    optimizer.step()
-    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert_a_step_changes(model)
 
 
 def test_start_values():
@@ -109,8 +107,7 @@ def test_start_values():
 def test_it_exports():
     model = small().eval()
     x = torch.randn(2, 3, 32, 32)
-    exported = torch.export.export(model, (x,)).module()
-    assert torch.allclose(exported(x), model(x), atol=1e-5)
+    assert_exports(model, x)
 
 
 def test_bad_settings():

@@ -5,6 +5,7 @@ import torch
 
 import glocal
 from glocal.models.vision.mano import MANO, MANOOperator
+from tests.models.networks import assert_a_step_changes, assert_exports
 
 SWIN = {"tiny": (96, (2, 2, 6, 2), 28_288_354), "small": (96, (2, 2, 18, 2), 49_606_258)}
 SWIN["base"] = (128, (2, 2, 18, 2), 87_768_224)
@@ -47,23 +48,19 @@ def test_any_size(size):
 @pytest.mark.parametrize("make", [small, operator])
 def test_one_step_of_training_reaches_every_weight(make):
     model = make().train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     out = model(torch.randn(4, 3, 64, 64))
     (out - torch.randn_like(out)).square().mean().backward()
     for name, p in model.named_parameters():
         # A bias that all keys share leaves softmax as it is.
         assert p.grad is not None and ("k_proj.bias" in name or p.grad.abs().max() > 0), name
-    before = [p.clone() for p in model.parameters()]
-    optimizer.step()
-    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert_a_step_changes(model)
 
 
 @pytest.mark.parametrize("make", [small, operator])
 def test_it_exports(make):
     model = make().eval()
     x = torch.randn(2, 3, 32, 32)
-    exported = torch.export.export(model, (x,)).module()
-    assert torch.allclose(exported(x), model(x), atol=1e-5)
+    assert_exports(model, x)
 
 
 def test_a_pixel_of_the_operator_sees_all_others():

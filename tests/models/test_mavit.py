@@ -6,6 +6,7 @@ import torch
 import glocal
 from glocal.models.vision.mavit import MAViT
 from glocal.nn import Attention, MagnitudeAwareAttention, Rope
+from tests.models.networks import assert_a_step_changes, assert_exports
 
 PUBLISHED = {"mavit_tiny": 16_449_128, "mavit_small": 27_142_568, "mavit_base": 49_792_648, "mavit_large": 97_766_088}
 
@@ -37,7 +38,6 @@ def test_any_size(size):
 
 def test_one_step_of_training_reaches_every_weight():
     model = small(drop_path=0.2).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = torch.randn(8, 3, 32, 32), torch.randint(5, (8,))
     torch.nn.functional.cross_entropy(model(x), y).backward()
     # A bias before a batch norm is taken off again, and one that all keys share leaves softmax as it is.
@@ -45,9 +45,7 @@ def test_one_step_of_training_reaches_every_weight():
     for name, p in model.named_parameters():
         assert p.grad is not None, name
         assert name in dead or "k_proj.bias" in name or p.grad.abs().max() > 0, name
-    before = [p.clone() for p in model.parameters()]
-    optimizer.step()
-    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert_a_step_changes(model)
 
 
 def test_the_angles_are_those_of_the_paper():
@@ -64,8 +62,7 @@ def test_the_angles_are_those_of_the_paper():
 def test_it_exports():
     model = small().eval()
     x = torch.randn(2, 3, 32, 32)
-    exported = torch.export.export(model, (x,)).module()
-    assert torch.allclose(exported(x), model(x), atol=1e-5)
+    assert_exports(model, x)
 
 
 def test_bad_settings():

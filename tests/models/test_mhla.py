@@ -6,6 +6,7 @@ from torch.nn.functional import pad
 
 import glocal
 from glocal.models.vision.mhla import MHLADeiT
+from tests.models.networks import assert_a_step_changes, assert_exports
 
 DEIT = {"tiny": (192, 5_717_416), "small": (384, 22_050_664), "base": (768, 86_567_656)}
 
@@ -51,21 +52,17 @@ def test_a_window_of_224_pixels_is_four_by_four_tokens():
 
 def test_one_step_of_training_reaches_every_weight():
     model = small(drop_path=0.2).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = torch.randn(16, 3, 32, 32), torch.randint(5, (16,))
     torch.nn.functional.cross_entropy(model(x), y).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().max() > 0, name
-    before = [p.clone() for p in model.parameters()]
-    optimizer.step()
-    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert_a_step_changes(model)
 
 
 def test_it_exports():
     model = small().eval()
     x = torch.randn(2, 3, 32, 32)
-    exported = torch.export.export(model, (x,)).module()
-    assert torch.allclose(exported(x), model(x), atol=1e-5)
+    assert_exports(model, x)
 
 
 def test_bad_settings():

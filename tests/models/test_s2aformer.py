@@ -6,6 +6,7 @@ import torch
 import glocal
 from glocal.models.vision.s2aformer import HybridPerceptionBlock, S2AFormer
 from glocal.nn.strip import StripAttention
+from tests.models.networks import assert_a_step_changes, assert_exports
 
 
 def small(**options):
@@ -44,23 +45,19 @@ def test_the_order_of_a_block():
 
 def test_one_step_of_training_reaches_every_weight():
     model = small(drop_path=0.2).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = torch.randn(8, 3, 32, 32), torch.randint(5, (8,))
     torch.nn.functional.cross_entropy(model(x), y).backward()
     for name, p in model.named_parameters():
         # A bias that all keys share leaves softmax as it is.
         assert p.grad is not None, name
         assert name.endswith("k_proj.bias") or p.grad.abs().max() > 0, name
-    before = [p.clone() for p in model.parameters()]
-    optimizer.step()
-    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert_a_step_changes(model)
 
 
 def test_it_exports():
     model = small().eval()
     x = torch.randn(2, 3, 32, 32)
-    exported = torch.export.export(model, (x,)).module()
-    assert torch.allclose(exported(x), model(x), atol=1e-5)
+    assert_exports(model, x)
 
 
 def test_bad_settings():

@@ -24,7 +24,7 @@ def brute(q, k, v, least, causal=False):
     return scores @ v / scores.sum(-1, keepdim=True).clamp(min=least)
 
 
-def same(found, wanted, inputs):
+def assert_same(found, wanted, inputs):
     assert torch.allclose(found, wanted, atol=1e-10)
     weight = torch.sin(torch.arange(found.numel(), dtype=found.dtype)).view(found.shape)
     one, other = (torch.autograd.grad((t * weight).sum(), inputs) for t in (found, wanted))
@@ -37,7 +37,7 @@ def same(found, wanted, inputs):
 def test_by_definition(least, n, m, causal):
     q, k, v = tensors(n, m, heads=4)
     found, _ = clamped_linear_attend(q, k, v, denom_min=least, causal=causal, chunk=4)
-    same(found, brute(q, k, v, least, causal), (q, k, v))
+    assert_same(found, brute(q, k, v, least, causal), (q, k, v))
 
 
 def test_the_clamp_holds_for_some_queries_and_not_for_others():
@@ -80,7 +80,7 @@ def test_in_pieces(cut):
     options = dict(causal=True, denom_min=5.0)
     first, state = clamped_linear_attend(*(t[:, :, :cut] for t in (q, k, v)), **options)
     then, last = clamped_linear_attend(*(t[:, :, cut:] for t in (q, k, v)), state=state, **options)
-    same(torch.cat([first, then], 2), brute(q, k, v, 5.0, causal=True), (q, k, v))
+    assert_same(torch.cat([first, then], 2), brute(q, k, v, 5.0, causal=True), (q, k, v))
     assert isinstance(last, LinearState) and torch.allclose(last.k, k.relu().sum(2))
 
 

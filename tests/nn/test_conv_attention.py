@@ -38,7 +38,7 @@ def by_unfold(q, k, v, kernel, dilation=1, value_kernel=None, live=None):
     return torch.einsum("bhnt,bhntd->bhnd", scores.softmax(-1), values).view(*q.shape[:-1], -1)
 
 
-def agree(found, wanted, inputs):
+def assert_agree(found, wanted, inputs):
     torch.testing.assert_close(found, wanted)
     weights = torch.randn_like(found)
     one, other = (torch.autograd.grad((t * weights).sum(), inputs) for t in (found, wanted))
@@ -49,7 +49,7 @@ def agree(found, wanted, inputs):
 @pytest.mark.parametrize(("kernel", "dilation"), KERNELS)
 def test_by_unfold(kernel, dilation):
     q, k, v = tensors(7, 9)
-    agree(conv_attend(q, k, v, kernel, dilation=dilation), by_unfold(q, k, v, kernel, dilation), (q, k, v))
+    assert_agree(conv_attend(q, k, v, kernel, dilation=dilation), by_unfold(q, k, v, kernel, dilation), (q, k, v))
 
 
 @pytest.mark.parametrize("border", ["zero", "mask"])
@@ -61,7 +61,7 @@ def test_two_kernels_by_unfold(kernel, value_kernel, border):
         ones = torch.ones(2, 2, 6, 7, 1, dtype=torch.double)
         live = (taps(ones, kernel, 1) * taps(ones, value_kernel, 1))[..., 0] > 0
     found = conv_attend(q, k, v, kernel, value_kernel=value_kernel, border=border)
-    agree(found, by_unfold(q, k, v, kernel, 1, value_kernel, live), (q, k, v))
+    assert_agree(found, by_unfold(q, k, v, kernel, 1, value_kernel, live), (q, k, v))
 
 
 @pytest.mark.parametrize("border", ["zero", "mask"])
@@ -71,7 +71,7 @@ def test_the_path_of_two_kernels_is_that_of_one_where_they_are_equal(border):
     q, k, v = tensors(6, 7)
     keys = torch.rand(2, 6, 7) > 0.4
     found = _two_kernels(q, k, v, ((3, 5), (3, 5)), (2, 1), border, keys, None, 0.0)
-    agree(found, conv_attend(q, k, v, (3, 5), dilation=(2, 1), border=border, keys=keys), (q, k, v))
+    assert_agree(found, conv_attend(q, k, v, (3, 5), dilation=(2, 1), border=border, keys=keys), (q, k, v))
 
 
 def test_far_from_borders_it_is_neighborhood_attention():
@@ -101,7 +101,7 @@ def test_a_masked_kernel_over_the_whole_map_is_full_attention():
     q, k, v = tensors(5, 6)
     found = conv_attend(q, k, v, (9, 11), border="mask")
     wanted = scaled_dot_product_attention(*(t.flatten(2, 3) for t in (q, k, v)))
-    agree(found, wanted.view_as(found), (q, k, v))
+    assert_agree(found, wanted.view_as(found), (q, k, v))
 
 
 def test_one_tap_gives_its_value():

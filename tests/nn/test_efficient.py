@@ -30,7 +30,7 @@ def prefixes(q, k, v, function=brute):
     )
 
 
-def same(found, wanted, inputs, atol=1e-10):
+def assert_same(found, wanted, inputs, atol=1e-10):
     assert torch.allclose(found, wanted, atol=atol)
     weight = torch.sin(torch.arange(found.numel(), dtype=found.dtype)).view(found.shape)
     one, other = (torch.autograd.grad((t * weight).sum(), inputs) for t in (found, wanted))
@@ -40,7 +40,7 @@ def same(found, wanted, inputs, atol=1e-10):
 @pytest.mark.parametrize("n,m,heads", [(13, 13, 2), (5, 20, 4), (7, 3, 2), (1, 1, 2)])
 def test_by_definition(n, m, heads):
     q, k, v = tensors(n, m, heads=heads)
-    same(efficient_attention(q, k, v)[0], brute(q, k, v), (q, k, v))
+    assert_same(efficient_attention(q, k, v)[0], brute(q, k, v), (q, k, v))
 
 
 def test_equals_linear_attention_transformer():
@@ -61,7 +61,7 @@ def test_scaling_is_dot_product_attention_without_softmax(causal):
     q, k, v = tensors(9, 20)
     mask = torch.ones(9, 20, dtype=torch.double).tril(11) if causal else torch.ones(9, 20, dtype=torch.double)
     wanted = (q @ k.mT * mask / mask.sum(-1, keepdim=True)) @ v
-    same(efficient_attention(q, k, v, form="scaling", causal=causal)[0], wanted, (q, k, v))
+    assert_same(efficient_attention(q, k, v, form="scaling", causal=causal)[0], wanted, (q, k, v))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -89,7 +89,7 @@ def test_what_changes_nothing_and_what_does(causal):
 @pytest.mark.parametrize("n", [1, 13, 100])
 def test_causal_is_each_prefix_anew(n, chunk):
     q, k, v = tensors(n, 100, heads=4)
-    same(efficient_attention(q, k, v, causal=True, chunk=chunk)[0], prefixes(q, k, v), (q, k, v))
+    assert_same(efficient_attention(q, k, v, causal=True, chunk=chunk)[0], prefixes(q, k, v), (q, k, v))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -127,7 +127,7 @@ def test_in_pieces(form, cut):
     first, state = efficient_attention(*(t[:, :, :cut] for t in (q, k, v)), causal=True, form=form)
     then, last = efficient_attention(*(t[:, :, cut:] for t in (q, k, v)), causal=True, form=form, state=state)
     whole, after = efficient_attention(q, k, v, causal=True, form=form, chunk=4)
-    same(torch.cat([first, then], 2), whole, (q, k, v))
+    assert_same(torch.cat([first, then], 2), whole, (q, k, v))
     every = efficient_attention(q, k, v, form=form)[1]
     assert all(torch.allclose(a, b) and torch.allclose(a, c) for a, b, c in zip(last, after, every, strict=True))
     rest = efficient_attention(q, *(t[:, :, cut:] for t in (k, v)), form=form, state=state)[0]
@@ -185,7 +185,7 @@ def test_training_on_a_long_sequence_holds_little(monkeypatch):
     whole, much = held()
     monkeypatch.setattr("glocal.nn.efficient._AT_ONCE", 64)
     pieces, little = held()
-    same(pieces, whole, (q, k, v))
+    assert_same(pieces, whole, (q, k, v))
     assert 3 * little < much
 
 

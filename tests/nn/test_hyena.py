@@ -78,7 +78,7 @@ def test_pixels_by_definition(grid, side, with_norm):
     flipped = pixel_kernel(layer.filter).flip(1, 2)[:, None]
     far = conv2d(t.permute(0, 3, 1, 2), flipped, padding=side - 1, groups=4).permute(0, 2, 3, 1)
     wanted = norm(v * (far + layer.bias * t), layer.norm2) @ layer.out_proj.weight.T + layer.out_proj.bias
-    compare(layer, x, wanted)
+    assert_layer(layer, x, wanted)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -94,10 +94,10 @@ def test_sequences_by_definition(n, length, causal, with_norm):
     around = (length - 1, 0) if causal else (length - 1, length - 1)
     far = conv1d(pad(t.mT, around), kernel.flip(1)[:, None], groups=4).mT
     wanted = layer.out_proj(norm(x0 * (far + layer.bias * t), layer.norm2))
-    compare(layer, x, wanted)
+    assert_layer(layer, x, wanted)
 
 
-def compare(layer, x, wanted):
+def assert_layer(layer, x, wanted):
     found = layer(x)
     assert found.shape == x.shape and torch.allclose(found, wanted, atol=1e-11)
     weights, inputs = torch.randn_like(wanted), [x, *layer.parameters()]

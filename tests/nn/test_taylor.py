@@ -46,7 +46,7 @@ def weights(q, k, power, name, temperature, causal=False):
     return f / f.sum(-1, keepdim=True)
 
 
-def same(found, wanted, inputs, atol=1e-10):
+def assert_same(found, wanted, inputs, atol=1e-10):
     """Forward and gradient."""
     assert torch.allclose(found, wanted, atol=atol)
     weight = torch.sin(torch.arange(found.numel(), dtype=found.dtype)).view(found.shape)
@@ -59,7 +59,7 @@ def same(found, wanted, inputs, atol=1e-10):
 def test_by_definition(power, name, temperature, n, m):
     q, k, v = tensors(n, m)
     found, _ = fastmax(q, k, v, power=power, normalisation=name, temperature=temperature)
-    same(found, weights(q, k, power, name, temperature) @ v, (q, k, v))
+    assert_same(found, weights(q, k, power, name, temperature) @ v, (q, k, v))
 
 
 @pytest.mark.parametrize("power,name", [(2, "standard"), (1, "standard"), (2, None)])
@@ -67,7 +67,7 @@ def test_by_definition(power, name, temperature, n, m):
 def test_causal_by_definition(power, name, n, chunk):
     q, k, v = tensors(n, 64)
     found, _ = fastmax(q, k, v, power=power, normalisation=name, causal=True, chunk=chunk)
-    same(found, weights(q, k, power, name, None, causal=True) @ v, (q, k, v))
+    assert_same(found, weights(q, k, power, name, None, causal=True) @ v, (q, k, v))
 
 
 def test_grouped_queries():
@@ -150,7 +150,7 @@ def test_in_pieces(cut, power):
     first, state = fastmax(*(t[:, :, :cut] for t in (q, k, v)), causal=True, power=power)
     then, last = fastmax(*(t[:, :, cut:] for t in (q, k, v)), causal=True, power=power, state=state)
     whole, after = fastmax(q, k, v, causal=True, power=power, chunk=4)
-    same(torch.cat([first, then], 2), whole, (q, k, v))
+    assert_same(torch.cat([first, then], 2), whole, (q, k, v))
     assert all(torch.allclose(a, b) for a, b in zip(last, after, strict=True))
 
 
@@ -173,7 +173,7 @@ def test_training_holds_no_features(causal, monkeypatch):
     whole, _ = held()
     monkeypatch.setattr("glocal.nn.taylor._AT_ONCE", 100)
     pieces, much = held()
-    same(pieces, whole, (q, k, v))
+    assert_same(pieces, whole, (q, k, v))
     features = 2 * 2 * 2 * 256 * 153 * 8  # of queries and keys
     assert 2 * much < features
 

@@ -273,6 +273,7 @@ def _join(t: Tensor, grid: Sequence[int], blocks: Sequence[int]) -> Tensor:
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, keys: Tensor | None) -> None:
+    """Refuse, with a ValueError that names it, what does not fit ``q (B, H, *grid, D)``; for the causal form too."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() < 4 or not t.is_floating_point():
             raise ValueError(f"{name} must be floats (B, heads, *grid, channels); it was {t.dtype} {tuple(t.shape)}")

@@ -276,6 +276,7 @@ def align(
 
 
 def in_float(x: Tensor) -> Tensor:
+    """Features of any shape in float32, or float64 where they are."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -301,6 +302,7 @@ def _odd(scores: Tensor) -> Tensor:
 
 
 def cosines(x: Tensor) -> Tensor:
+    """Cosine similarities ``(N, N)`` of features ``(N, C)``."""
     x = F.normalize(x, dim=1)
     return x @ x.T
 
@@ -318,6 +320,7 @@ def _check_features(name: str, x: Tensor, least: int, dim: int | None = None) ->
 
 
 def check_triplets(triplets: Tensor, objects: int | None = None, name: str = "triplets") -> None:
+    """Refuse, with a ValueError, what are no triplets ``(T, 3)`` of different numbers below ``objects``."""
     if triplets.ndim != 2 or triplets.shape[1] != 3 or not len(triplets) or triplets.is_floating_point():
         raise ValueError(f"{name} must be whole numbers (T, 3), T at least 1; it was {tuple(triplets.shape)}")
     low, high = int(triplets.min()), int(triplets.max())
