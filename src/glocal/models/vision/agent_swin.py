@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from glocal.models.registry import register
 from glocal.models.vision.agent import init_weights
+from glocal.models.vision.levels import Levels
 from glocal.models.vision.patches import Patches, PatchMerge
 from glocal.nn import MLP, Attention, Block, Call
 from glocal.nn.agent import AgentAttention
 from glocal.patterns import Block as Blocks
 from glocal.patterns import Pattern
 from glocal.scores import RelativePosition, Score
-from glocal.shapes import Float
 
 __all__ = ["AgentSwin", "SwinAttention", "agent_swin_base", "agent_swin_small", "agent_swin_tiny"]
 
@@ -70,7 +70,7 @@ class SwinAttention(Attention):
         return f"window={self.window}, shift={self.shift}"
 
 
-class AgentSwin(nn.Module):
+class AgentSwin(Levels):
     """Agent-Swin (Han et al., 2024, arXiv 2312.08874).
 
     Args:
@@ -140,22 +140,6 @@ class AgentSwin(nn.Module):
         self.norm = nn.LayerNorm(dims[-1])
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
         self.apply(init_weights)
-
-    def forward_features(self, x: Float[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
-        """The map of each level, finest first, ``(B, h, w, C)``, not normalised: what dense tasks build on."""
-        if x.dim() != 4:
-            raise ValueError(f"x must be images (B, channels, H, W); it was {tuple(x.shape)}")
-        x, maps = self.embed(x), []
-        for number, blocks in enumerate(self.levels):
-            x = self.down[number - 1](x) if number else x
-            x = cast(Tensor, blocks(x))
-            maps.append(x)
-        return tuple(maps)
-
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B num_classes"]:
-        """Images to logits, by the mean of the last map."""
-        out: Tensor = self.head(self.norm(self.forward_features(x)[-1]).mean((1, 2)))
-        return out
 
 
 @register

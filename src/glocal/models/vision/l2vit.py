@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from glocal.models.registry import register
+from glocal.models.vision.levels import Levels
 from glocal.nn import MLP, Attention, Depthwise, DropPath
 from glocal.nn.concentration import LinearGlobalAttention
 from glocal.nn.conv import LocalInteraction
@@ -103,7 +104,7 @@ class GlobalBlock(nn.Module):
         return out
 
 
-class L2ViT(nn.Module):
+class L2ViT(Levels):
     """The Linear Attention Resurrection in Vision Transformer (Zheng, 2025, arXiv 2501.16182).
 
     In each level blocks of windows and of the whole map take turns, windows first.
@@ -148,7 +149,7 @@ class L2ViT(nn.Module):
                 f"depths and num_heads must have one entry a level; they were {tuple(depths)} and {tuple(num_heads)}"
             )
         dims = [dim * 2**level for level in range(len(depths))]
-        self.stem = _Stem(channels, dim)
+        self.embed = _Stem(channels, dim)
         self.down = nn.ModuleList(_Down(a, b) for a, b in pairwise(dims))
         rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
 
@@ -165,22 +166,6 @@ class L2ViT(nn.Module):
         self.norm = nn.LayerNorm(dims[-1])
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
         self.apply(_init)
-
-    def forward_features(self, x: Float[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
-        """The map of each level, finest first, ``(B, h, w, dim)``, not normalised: what dense tasks build on."""
-        if x.dim() != 4:
-            raise ValueError(f"x must be images (B, channels, H, W); it was {tuple(x.shape)}")
-        x, maps = self.stem(x), []
-        for number, blocks in enumerate(self.levels):
-            x = self.down[number - 1](x) if number else x
-            x = cast(Tensor, blocks(x))
-            maps.append(x)
-        return tuple(maps)
-
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B num_classes"]:
-        """Images to logits."""
-        out: Tensor = self.head(self.norm(self.forward_features(x)[-1]).mean((1, 2)))
-        return out
 
 
 class _Stem(nn.Module):
