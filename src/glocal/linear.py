@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from glocal.kernels.linear import causal_product
+from glocal.kernels.linear import causal_product, native_linear, why_not_native
 from glocal.shapes import Bool, Float
 
 __all__ = ["FEATURES", "LinearState", "linear_attend"]
@@ -17,7 +17,7 @@ __all__ = ["FEATURES", "LinearState", "linear_attend"]
 Feature = Callable[[Tensor], Tensor]
 
 FEATURES: dict[str, Feature] = {
-    "elu": lambda x: torch.nn.functional.elu(x) + 1,
+    "elu": lambda x: x.clamp(max=0).exp() + x.relu(),  # elu(x) + 1 would round exp(-20) to 0
     "relu": torch.relu,
     "identity": lambda x: x,
 }
@@ -124,16 +124,16 @@ def linear_attend(
     """
     apply = _feature(feature)
     check(q, k, v, causal, keys, decay, chunk)
+    if causal and decay is None and isinstance(feature, str) and _fused(q, k, v, state):
+        past = _state(state, k, v, k.shape[-1])
+        sums = past.k.float() if normalise else None
+        result, kv, total = native_linear(q, k, v, past.kv.float(), sums, keys, feature, least, False)
+        return (result, LinearState(kv, total if normalise else past.k)) if return_state else result
     dtype = torch.promote_types(q.dtype, torch.float32)
     fq, fk, wide = apply(q.to(dtype)), apply(k.to(dtype)), v.to(dtype)
     if keys is not None:
         fk = fk * keys[:, None, :, None]
-    if state is None:
-        lead = (*k.shape[:2], fk.shape[-1])
-        state = LinearState(fk.new_zeros(*lead, v.shape[-1]), fk.new_zeros(lead))
-    elif state.kv.shape != (*k.shape[:2], fk.shape[-1], v.shape[-1]):
-        wanted = (*k.shape[:2], fk.shape[-1], v.shape[-1])
-        raise ValueError(f"state.kv must be {wanted}; it was {tuple(state.kv.shape)}")
+    state = _state(state, k, v, fk.shape[-1])
     if normalise:
         # The quotient does not change, and what is large no longer overflows.
         largest = fq.detach().abs().amax(-1, keepdim=True)
@@ -163,6 +163,24 @@ def linear_attend(
         past = LinearState(sums, state.k)
     result = out.to(q.dtype)
     return (result, past) if return_state else result
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, state: LinearState | None) -> bool:
+    """Whether the native kernel makes the features too: where nothing is to be learned from the result."""
+    given = (q, k, v) if state is None else (q, k, v, *state)
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    return not learns and q.dtype == k.dtype == v.dtype and why_not_native(q) is None
+
+
+def _state(state: LinearState | None, k: Tensor, v: Tensor, features: int) -> LinearState:
+    """What came before the keys: zeros where it was not given."""
+    shape = (*k.shape[:2], features, v.shape[-1])
+    if state is None:
+        kv = k.new_zeros(shape, dtype=torch.promote_types(k.dtype, torch.float32))
+        return LinearState(kv, kv.new_zeros(shape[:3]))
+    if state.kv.shape != shape:
+        raise ValueError(f"state.kv must be {shape}; it was {tuple(state.kv.shape)}")
+    return state
 
 
 def _feature(feature: str | Feature) -> Feature:

@@ -1,4 +1,4 @@
-// Random shapes, tables and tensors through forward, backward and decode, compared with a plain computation in double.
+// Random shapes, tables and tensors through forward, backward, decode and linear, compared with a plain computation in double.
 // Built with AddressSanitizer and UndefinedBehaviorSanitizer: `fuzz COUNT [SEED]`.
 #include <cmath>
 #include <cstdio>
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attend.h"
+#include "linear.h"
 
 using namespace glocal;
 
@@ -47,6 +48,15 @@ struct Tensor {
   }
   Tensor(const Tensor&) = delete;
 };
+
+double at(const Tensor& t, int b, int h, int64_t n, int d) {
+  int64_t i = b * t.array.batch + h * t.array.head + n * t.array.row + d;
+  if (t.half.empty()) return (double)t.wide[i];
+  uint32_t x = (uint32_t)t.half[i] << 16;
+  float f;
+  std::memcpy(&f, &x, 4);
+  return (double)f;
+}
 
 template <class T>
 void lead(Table<T>& table, int64_t entries, int b, int h) {
@@ -189,14 +199,6 @@ int run(int number) {
   backward(call, grads);
 
   // A few rows against the definition.
-  auto at = [&](const Tensor& t, int b, int h, int64_t n, int d) {
-    int64_t i = b * t.array.batch + h * t.array.head + n * t.array.row + d;
-    if (t.half.empty()) return (double)t.wide[i];
-    uint32_t x = (uint32_t)t.half[i] << 16;
-    float f;
-    std::memcpy(&f, &x, 4);
-    return (double)f;
-  };
   for (int check = 0; check < 12; ++check) {
     int b = pick(0, batch - 1), h = pick(0, heads - 1), kv = h / (heads / kv_heads);
     int64_t i = pick(0, (int)form.nq - 1);
@@ -248,13 +250,86 @@ int run(int number) {
   return 0;
 }
 
+double feature_of(double x, int feature) {
+  if (feature == RELU) return x > 0 ? x : 0;
+  return feature == ELU ? (x > 0 ? x + 1 : std::exp(x)) : x;
+}
+
+// Causal linear attention of a random shape, some of its results against the sum over all keys.
+int run_linear(int number) {
+  const char* names[4];
+  select(names[pick(0, runnable(names) - 1)]);
+  const int batch = pick(1, 2), kv_heads = pick(1, 2), heads = kv_heads * pick(1, 3), dim = pick(1, 70);
+  const int value_dim = pick(1, 70), dtype = pick(0, 2) ? F32 : BF16, keys = pick(1, 130), queries = pick(1, keys);
+  const bool reverse = pick(0, 2) == 0, normalise = pick(0, 1);
+  Tensor q(batch, heads, queries, dim, dtype), k(batch, kv_heads, keys, dim, dtype),
+      v(batch, kv_heads, keys, value_dim, dtype), out(batch, heads, queries, value_dim, dtype);
+  const size_t lead = (size_t)batch * kv_heads * dim;
+  std::vector<float> kv = randoms(lead * value_dim), sum = randoms(lead), kv_after = kv, sum_after = sum;
+  for (float& x : sum) x = std::fabs(x) + 1;
+  std::vector<uint8_t> real((size_t)batch * keys);
+  for (uint8_t& x : real) x = pick(0, 4) != 0;
+  Linear call;
+  call.threads = pick(1, 3);
+  call.dtype = dtype;
+  call.batch = batch;
+  call.heads = heads;
+  call.kv_heads = kv_heads;
+  call.dim = dim;
+  call.value_dim = value_dim;
+  call.queries = queries;
+  call.keys = keys;
+  call.feature = normalise ? pick(RELU, ELU) : pick(IDENTITY, ELU);  // signed scores may sum to nearly nothing
+  call.normalise = normalise;
+  call.least = 1e-6f;
+  call.q = q.array, call.k = k.array, call.v = v.array, call.out = out.array;
+  call.real = real.data(), call.real_batch = keys;
+  if (reverse) {
+    const int size = dtype == F32 ? 4 : 2;
+    for (Array* a : {&call.q, &call.k, &call.v, &call.out}) {
+      int64_t n = a == &call.q || a == &call.out ? queries : keys;
+      a->data = (char*)a->data + (n - 1) * a->row * size;
+      a->row = -a->row;
+    }
+    call.real += keys - 1, call.real_row = -1;
+  }
+  call.kv = kv.data(), call.kv_after = kv_after.data();
+  if (normalise) call.sum = sum.data(), call.sum_after = sum_after.data();
+  linear(call);
+  for (int check = 0; check < 12; ++check) {
+    const int b = pick(0, batch - 1), h = pick(0, heads - 1), g = h / (heads / kv_heads), i = pick(0, queries - 1);
+    const int e = pick(0, value_dim - 1), row = reverse ? queries - 1 - i : i;
+    double total = 0, exact = 0, size = 0;
+    for (int d = 0; d < dim; ++d) {
+      const size_t place = ((size_t)b * kv_heads + g) * dim + d;
+      const double x = feature_of(at(q, b, h, row, d), call.feature);
+      exact += x * kv[place * value_dim + e], total += x * sum[place], size += std::fabs(x * kv[place * value_dim + e]);
+    }
+    for (int j = 0; j <= keys - queries + i; ++j) {
+      const int from = reverse ? keys - 1 - j : j;
+      double s = 0;
+      for (int d = 0; d < dim; ++d)
+        s += feature_of(at(q, b, h, row, d), call.feature) * feature_of(at(k, b, g, from, d), call.feature);
+      if (!real[(size_t)b * keys + from]) s = 0;
+      total += s, exact += s * at(v, b, g, from, e), size += std::fabs(s * at(v, b, g, from, e));
+    }
+    if (normalise) exact /= total > 0 ? total : 1, size /= total > 0 ? total : 1;
+    const double mine = at(out, b, h, row, e), slack = dtype == F32 ? 2e-5 : 1e-2;
+    if (!(std::fabs(mine - exact) <= slack * (1 + size))) {
+      std::fprintf(stderr, "linear problem %d: out[%d %d %d %d] is %g, should be %g\n", number, b, h, row, e, mine, exact);
+      return 1;
+    }
+  }
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const int count = argc > 1 ? std::atoi(argv[1]) : 2000, seed = argc > 2 ? std::atoi(argv[2]) : 0;
   for (int n = 0; n < count; ++n) {
     engine.seed((unsigned)(seed + n));
-    if (run(seed + n)) return 1;
+    if (run(seed + n) || run_linear(seed + n)) return 1;
   }
   std::printf("%d problems, no error\n", count);
   return 0;

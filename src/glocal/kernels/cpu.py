@@ -17,15 +17,16 @@ def _available() -> str | None:
 
 
 # The compiler cannot look into the extension, and its answer does not change.
-_missing: Callable[[], str | None] = torch.compiler.assume_constant_result(_available)
+missing: Callable[[], str | None] = torch.compiler.assume_constant_result(_available)
+"""Why the extension cannot be used, or None, also where a graph is traced."""
 
 
 def why_not(problem: Problem) -> str | None:
     """The reason why this kernel cannot run a problem, or None."""
     if problem.q.device.type != "cpu":
         return f"it runs on a CPU, the tensors are on {problem.q.device.type}"
-    if (missing := _missing()) is not None:
-        return missing
+    if (reason := missing()) is not None:
+        return reason
     if problem.dropout_p:
         return "it has no dropout"
     if problem.q.dtype not in (torch.float32, torch.float16, torch.bfloat16):

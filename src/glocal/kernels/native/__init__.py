@@ -22,7 +22,10 @@ try:
 except ImportError as error:
     _missing = f"the native extension is not part of this build ({error})"
 
-__all__ = ["available", "backward", "exp2", "forward", "isa", "isas", "select", "supports"]
+__all__ = ["FEATURES", "available", "backward", "exp2", "forward", "isa", "isas", "linear", "select", "supports"]
+
+FEATURES = {"identity": 0, "relu": 1, "elu": 2}
+"""Feature maps that `linear` computes, as it numbers them."""
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _forms: weakref.WeakKeyDictionary[BoxForm, Any] = weakref.WeakKeyDictionary()
@@ -229,3 +232,56 @@ def backward(
     if dtable is not None and given_table is not None:
         dtable = dtable.to(given_table.dtype)
     return dq, dk.to(k.dtype), dv.to(v.dtype), dbias, dtable
+
+
+def linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv: Tensor,
+    sums: Tensor | None = None,
+    keys: Tensor | None = None,
+    *,
+    feature: str = "identity",
+    least: float = 0.0,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Causal linear attention by chunks: ``o_i = f(q_i) (kv + sum over j <= i of f(k_j) v_j^T)``.
+
+    Args:
+        q: ``(B, H, N, F)``, the last positions of the keys; float32, float16 or bfloat16, any strides.
+        k: ``(B, Hkv, M, F)``, in the type of ``q`` as ``v``.
+        v: ``(B, Hkv, M, E)``.
+        kv: before the first position, float32 ``(B, Hkv, F, E)``.
+        sums: of the keys' features before it, float32 ``(B, Hkv, F)``. Where given, the result is divided by ``f(q_i)
+            (sums + sum over j <= i of f(k_j))``.
+        keys: which keys are real, booleans ``(B, M)``.
+        feature: a name of `FEATURES`.
+        least: the divisor's least absolute value, where the largest feature of a query is 1.
+        reverse: time runs from the last position to the first.
+
+    Returns:
+        ``(B, H, N, E)`` in the type of ``q``, and ``kv`` and ``sums`` after the last position.
+    """
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    kv, sums = kv.contiguous(), None if sums is None else sums.contiguous()
+    out = _fresh(q.new_empty((*q.shape[:3], v.shape[3])))
+    if not (out.numel() and k.numel()):
+        return out, kv.clone(), None if sums is None else sums.clone()
+    after, sums_after = torch.empty_like(kv), None if sums is None else torch.empty_like(sums)
+    arrays = [_backwards(t) if reverse else _array(t) for t in (q, k, v, out)]
+    real = [0, 0, 0]
+    if keys is not None:
+        real = [keys.data_ptr(), *_strides(keys)]
+        if reverse:
+            real = [real[0] + (k.shape[2] - 1) * real[2], real[1], -real[2]]
+    state = [0 if t is None else t.data_ptr() for t in (kv, sums, after, sums_after)]
+    sizes = [*_sizes(q, k, v), q.shape[2], k.shape[2], FEATURES[feature]]
+    _native.linear(sizes, *arrays, real, state, least, sums is not None)
+    return out, after, sums_after
+
+
+def _backwards(t: Tensor) -> list[int]:
+    """An array whose rows are read from the last one on."""
+    batch, head, row = t.stride()[:3]
+    return [t.data_ptr() + (t.shape[2] - 1) * row * t.element_size(), batch, head, -row]

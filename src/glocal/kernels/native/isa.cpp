@@ -435,8 +435,108 @@ void exp2_array(const float* x, float* y, int n) {
   }
 }
 
-const glocal::Kernels table = {GLOCAL_NAME, LANES,    VL,       pack,  unpack, transpose,   scores,       adjust,    softmax,
-                               weighted,    outer,    gradient, uncap, dots,   softmax_row, weighted_row, exp2_array};
+template <int M, int W>
+inline void product_block(const float* a, int64_t row, int64_t column, const float* b, int ldb, int k, float* c,
+                          int ldc) {
+  vf acc[M][W] = {};
+  for (int e = 0; e < k; ++e) {
+    vf x[W];
+    for (int w = 0; w < W; ++w) x[w] = load(b + (int64_t)e * ldb + w * VL);
+    const float* p = a + e * column;
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      vf y = splat(p[i * row]);
+#pragma GCC unroll 2
+      for (int w = 0; w < W; ++w) acc[i][w] += y * x[w];
+    }
+  }
+  for (int i = 0; i < M; ++i)
+    for (int w = 0; w < W; ++w) {
+      float* p = c + (int64_t)i * ldc + w * VL;
+      store(p, load(p) + acc[i][w]);
+    }
+}
+
+template <int M>
+inline void product_rows(const float* a, int64_t row, int64_t column, const float* b, int ldb, int n, int k, float* c,
+                         int ldc) {
+  int j = 0;
+  for (; j + 2 * VL <= n; j += 2 * VL) product_block<M, 2>(a, row, column, b + j, ldb, k, c + j, ldc);
+  for (; j < n; j += VL) product_block<M, 1>(a, row, column, b + j, ldb, k, c + j, ldc);
+}
+
+void product(const float* a, int64_t row, int64_t column, const float* b, int ldb, int m, int n, int k, float* c,
+             int ldc, int lower) {
+  for (int i = 0; i < m;) {
+    const int rows = m - i >= MR ? MR : m - i >= 4 ? 4 : m - i >= 2 ? 2 : 1;
+    const int most = i + rows;
+    const int kk = lower == glocal::LOWER_A && most < k ? most : k;
+    const int wide = (most + VL - 1) / VL * VL, nn = lower == glocal::LOWER_C && wide < n ? wide : n;
+    const float* ai = a + i * row;
+    float* ci = c + (int64_t)i * ldc;
+    switch (rows) {
+      case MR: product_rows<MR>(ai, row, column, b, ldb, nn, kk, ci, ldc); break;
+      case 4: product_rows<4>(ai, row, column, b, ldb, nn, kk, ci, ldc); break;
+      case 2: product_rows<2>(ai, row, column, b, ldb, nn, kk, ci, ldc); break;
+      default: product_rows<1>(ai, row, column, b, ldb, nn, kk, ci, ldc); break;
+    }
+    i += rows;
+  }
+}
+
+void flip(const float* rows, int ld, int n, int dim, float* t, int ldt) {
+  for (int d = 0; d < dim; d += VL)
+    for (int i = 0; i < n; i += VL)
+      for (int e = 0; e < VL; ++e) {
+        vf x;
+        for (int l = 0; l < VL; ++l) x[l] = rows[(int64_t)(i + l) * ld + d + e];
+        store(t + (int64_t)(d + e) * ldt + i, x);
+      }
+}
+
+template <int FEATURE>
+inline void feature_row(float* row, int dim, bool fit) {
+  const int padded = (dim + VL - 1) / VL * VL;
+  vf most{};
+  for (int d = 0; d < padded; d += VL) {
+    vf x = load(row + d);
+    if (FEATURE == glocal::RELU) x = pick(x < 0.0f, vf{}, x);  // NaN stays
+    if (FEATURE == glocal::ELU) x = pick(x > 0.0f, x + 1.0f, exp2(pick(x > 0.0f, vf{}, x) * glocal::LOG2E));
+    store(row + d, x);
+  }
+  for (int d = dim; d < padded; ++d) row[d] = 0;
+  if (!fit) return;
+  for (int d = 0; d < padded; d += VL) {
+    vf x = load(row + d);
+    most = larger(pick(x < 0.0f, -x, x), most);
+  }
+  float largest = 0;
+  for (int l = 0; l < VL; ++l) largest = most[l] > largest ? most[l] : largest;
+  if (largest > 0)
+    for (int d = 0; d < padded; d += VL) store(row + d, load(row + d) / largest);
+}
+
+void features(float* rows, int ld, int n, int dim, int feature, bool fit) {
+  for (int i = 0; i < n; ++i) {
+    float* row = rows + (int64_t)i * ld;
+    if (feature == glocal::RELU)
+      feature_row<glocal::RELU>(row, dim, fit);
+    else if (feature == glocal::ELU)
+      feature_row<glocal::ELU>(row, dim, fit);
+    else
+      feature_row<glocal::IDENTITY>(row, dim, fit);
+  }
+}
+
+float dot(const float* a, const float* b, int n) {
+  vf acc{};
+  for (int d = 0; d < n; d += VL) acc += b ? load(a + d) * load(b + d) : load(a + d);
+  return sum(acc);
+}
+
+const glocal::Kernels table = {GLOCAL_NAME, LANES,  VL,       pack,    unpack,  transpose,   scores,
+                               adjust,      softmax, weighted, outer,   gradient, uncap,      dots,
+                               softmax_row, weighted_row, exp2_array, product, flip, features, dot};
 
 }  // namespace
 

@@ -6,6 +6,8 @@
 namespace glocal {
 
 enum DType : int { F32 = 0, F16 = 1, BF16 = 2 };
+enum Feature : int { IDENTITY = 0, RELU = 1, ELU = 2 };  // ELU is elu(x) + 1
+enum Lower : int { NEITHER = 0, LOWER_A = 1, LOWER_C = 2 };
 
 constexpr float LOG2E = 1.44269504088896340736f;
 constexpr float LN2 = 0.69314718055994530942f;
@@ -59,6 +61,17 @@ struct Kernels {
                        const float* const* ahead, int width);
   // exp2 of an array, for tests.
   void (*exp2)(const float* x, float* y, int n);
+
+  // C += A B for C (m, n) and B (k, n), rows apart by ldc and ldb, n a multiple of a vector; A's numbers lie row and
+  // column apart. `lower` says which of the two squares A and C has nothing of use above its diagonal.
+  void (*product)(const float* a, int64_t row, int64_t column, const float* b, int ldb, int m, int n, int k, float* c,
+                  int ldc, int lower);
+  // n rows (ld) by dim to dim rows (ldt) by n; both are multiples of a vector.
+  void (*flip)(const float* rows, int ld, int n, int dim, float* t, int ldt);
+  // Features of n rows in place; numbers beyond dim become 0. With `fit`, each row is divided by its largest number.
+  void (*features)(float* rows, int ld, int n, int dim, int feature, bool fit);
+  // Sum of the products of two rows of whole vectors; of the first alone where the second is null.
+  float (*dot)(const float* a, const float* b, int n);
 };
 
 const Kernels* kernels_baseline();

@@ -12,6 +12,7 @@
 #endif
 
 #include "attend.h"
+#include "linear.h"
 #include "pool.h"
 
 namespace nb = nanobind;
@@ -141,6 +142,37 @@ void run_backward(Form& form, const std::vector<int>& sizes, const Ints& q, cons
   backward(call, grads);
 }
 
+// sizes: threads, dtype, B, H, Hkv, dim, value_dim, queries, keys, feature.
+void run_linear(const Ints& sizes, const Ints& q, const Ints& k, const Ints& v, const Ints& out, const Ints& real,
+                const Ints& state, float least, bool normalise) {
+  Linear call;
+  call.threads = (int)sizes[0];
+  call.dtype = (int)sizes[1];
+  call.batch = (int)sizes[2];
+  call.heads = (int)sizes[3];
+  call.kv_heads = (int)sizes[4];
+  call.dim = (int)sizes[5];
+  call.value_dim = (int)sizes[6];
+  call.queries = sizes[7];
+  call.keys = sizes[8];
+  call.feature = (int)sizes[9];
+  call.normalise = normalise;
+  call.least = least;
+  call.q = array_of(q);
+  call.k = array_of(k);
+  call.v = array_of(v);
+  call.out = array_of(out);
+  call.real = (const uint8_t*)(uintptr_t)real[0];
+  call.real_batch = real[1];
+  call.real_row = real[2];
+  call.kv = (const float*)(uintptr_t)state[0];
+  call.sum = (const float*)(uintptr_t)state[1];
+  call.kv_after = (float*)(uintptr_t)state[2];
+  call.sum_after = (float*)(uintptr_t)state[3];
+  nb::gil_scoped_release release;
+  linear(call);
+}
+
 // Ask for large pages under a result that is about to be written for the first time: without them the kernel spends as
 // long on page faults as on arithmetic once results reach a hundred megabytes.
 void large_pages(int64_t address, int64_t bytes) {
@@ -183,6 +215,7 @@ NB_MODULE(_native, m) {
   m.attr("MAX_RANK") = MAX_RANK;
   m.def("forward", &run_forward);
   m.def("backward", &run_backward);
+  m.def("linear", &run_linear);
   m.def("large_pages", &large_pages);
   m.def("isa", [] { return std::string(current().name); });
   m.def("isas", [] {
