@@ -17,11 +17,19 @@ from types import ModuleType
 import pytest
 import torch
 
-__all__ = ["load_fla", "load_kvpress", "load_timm"]
+__all__ = ["load_fla", "load_kvpress", "load_linear", "load_timm"]
 
 FOLDER = Path(os.environ.get("GLOCAL_PEERS", Path(sys.prefix) / "peers"))
 
-_TOPS = ("fla", "kvpress", "timm", "torchvision")
+_LINEAR = (
+    "agent-attention-pytorch",
+    "linear-attention-transformer",
+    "axial-positional-embedding",
+    "linformer",
+    "taylor-series-linear-attention",
+    "rotary-embedding-torch",
+)
+_TOPS = ("fla", "kvpress", "timm", "torchvision", "product_key_memory", *(name.replace("-", "_") for name in _LINEAR))
 _HELD: dict[str, ModuleType] = {}  # what was imported from there so far; out of sys.modules between loads
 _LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
 
@@ -51,6 +59,18 @@ def load_kvpress(name: str) -> ModuleType:
     with _peers("kvpress"):
         _bare("kvpress", "kvpress.presses")
         return importlib.import_module(f"kvpress.{name}")
+
+
+def load_linear(name: str) -> ModuleType:
+    """A module of agent_attention_pytorch, linear_attention_transformer or taylor_series_linear_attention.
+
+    No package's own code runs: it would ask for more packages. Product-key memories, of which only the name is
+    imported, stay away.
+    """
+    with _peers(" ".join(_LINEAR)):
+        _bare(name.split(".")[0])
+        vars(sys.modules.setdefault("product_key_memory", ModuleType("product_key_memory")))["PKM"] = None
+        return importlib.import_module(name)
 
 
 @contextmanager

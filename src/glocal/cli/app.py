@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from glocal.cli.compare import compare
+from glocal.cli.models import models
 from glocal.cli.papers import papers
 from glocal.cli.show import show
 from glocal.cli.steer import steer
@@ -18,3 +19,4 @@ app.command("show")(show)
 app.command("compare")(compare)
 app.command("steer")(steer)
 app.command("papers")(papers)
+app.command("models")(models)

@@ -1,5 +1,5 @@
 """Whole networks, by domain, made by `create(name)`."""
 
-from glocal.models.registry import create, names, register
+from glocal.models.registry import create, maker, names, parameters, register
 
-__all__ = ["create", "names", "register"]
+__all__ = ["create", "maker", "names", "parameters", "register"]
