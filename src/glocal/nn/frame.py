@@ -39,7 +39,9 @@ class Call(NamedTuple):
 class Attention(nn.Module):
     """Multi-head softmax attention; what a query sees is decided by `where`, which a mechanism overrides.
 
-    A mechanism that is more than a pattern overrides `mix`. Projections are named as in Llama.
+    The other parts that a mechanism can put something of its own for: `make` (projections), `share` (heads before
+    scoring), `score` (bias), `mix` (scoring, normalisation and values), `combine` (heads after it). Mechanisms with
+    different parts go together: ``class Both(One, Other)``. Projections are named as in Llama.
 
     Args:
         dim: channels of the input and the output.
@@ -142,6 +144,15 @@ class Attention(nn.Module):
         """What each query sees, padding aside."""
         return Causal() if self.causal else Full()
 
+    def make(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``(B, H, *grid_q, D)``, keys and values ``(B, Hkv, *grid_k, D)`` of the input and the context."""
+        q, k, v = self.q_proj(x), self.k_proj(context), self.v_proj(context)
+        return self.heads(q, self.num_heads), self.heads(k, self.num_kv_heads), self.heads(v, self.num_kv_heads)
+
+    def share(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What heads take of one another, in the shapes of `make`, before norms and rotary positions."""
+        return q, k, v
+
     def score(self, call: Call) -> Tensor | Score | None:
         """A bias on the scores."""
         return None
@@ -150,6 +161,10 @@ class Attention(nn.Module):
         """Values of each query, ``(B, H, *grid_q, D)``, from ``q`` of that shape and ``k``, ``v (B, Hkv, ...)``."""
         out: Tensor = self.attend(q, k, v, self.where(q, k, call), call)
         return out
+
+    def combine(self, mixed: Tensor, call: Call) -> Tensor:
+        """What becomes of the heads' outputs, ``(B, H, *grid_q, D)``, before the output projection."""
+        return mixed
 
     def new_cache(self) -> Cache:
         """An empty cache of the policy that fits the mechanism."""
@@ -205,13 +220,15 @@ class Attention(nn.Module):
         self, x: Tensor, context: Tensor, at_q: Tensor | None, at_k: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values by heads, normalised and rotated to their positions."""
-        q, k, v = self.q_proj(x), self.k_proj(context), self.v_proj(context)
-        if self.qk_norm == "rms_all":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = self.heads(q, self.num_heads), self.heads(k, self.num_kv_heads), self.heads(v, self.num_kv_heads)
-        if self.qk_norm in ("rms", "layer"):
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.share(*self.make(x, context))
+        if self.qk_norm is not None:
+            q, k = self._normalise(q, self.q_norm), self._normalise(k, self.k_norm)
         return self.rotate(q, at_q), self.rotate(k, at_k), v
+
+    def _normalise(self, t: Tensor, norm: nn.Module) -> Tensor:
+        if self.qk_norm != "rms_all":
+            return norm(t)  # type: ignore[no-any-return]
+        return self.heads(norm(t.movedim(1, -2).flatten(-2)), t.shape[1])
 
     def rotate(self, t: Tensor, at: Tensor | None) -> Tensor:
         """``t (B, heads, *grid, D)`` rotated to positions ``at (N,)`` or ``(N, axes)``, the grid flattened."""
@@ -276,7 +293,7 @@ class Attention(nn.Module):
         q, k, v = self.project(x, kv, at_q, at_k)
         call = Call(x, kv, None if keys is None else keys.flatten(1), cache, cross, (at_q, at_k))
         mixed = self.mix(q, k, v, call) if cache is None else self.step(q, k, v, call, cache)
-        mixed = mixed.movedim(1, -2).flatten(-2)
+        mixed = self.combine(mixed, call).movedim(1, -2).flatten(-2)
         if self.lepe is not None:
             if cross or x.dim() != 4:
                 raise ValueError(f"lepe needs an image (B, H, W, {self.dim}) and no context; x was {tuple(x.shape)}")
