@@ -3,6 +3,7 @@
 from glocal.nn.additive import ContextGate, ConvAdditiveAttention
 from glocal.nn.agent import AgentAttention, AgentBias, AgentState, agent_attend, causal_agents
 from glocal.nn.aha import AllOrHereAttention, gate_rate
+from glocal.nn.alignment import AdditiveAttention, Alignment, AlignmentAttention, aligned_softmax
 from glocal.nn.asa import LatentSparseAttention, asa_layers
 from glocal.nn.block import MLP, Block, DropPath, GatedGELU, SwiGLU
 from glocal.nn.block_sparse import BlockSparseAttention
@@ -22,6 +23,7 @@ from glocal.nn.latent import LatentAttention
 from glocal.nn.less_is_more import LessIsMore, select_tokens, unified_topk
 from glocal.nn.linear import LinearAttention
 from glocal.nn.longt5 import LongT5Attention
+from glocal.nn.luong import LuongAttention
 from glocal.nn.mala import MagnitudeAwareAttention, magnitude_aware
 from glocal.nn.merging import AgentSD, Matching, Phase, match_tokens
 from glocal.nn.mhla import MultiHeadLinearAttention, mixing_matrix, multi_head_linear
@@ -56,10 +58,13 @@ __all__ = [
     "MLP",
     "SS2D",
     "USES",
+    "AdditiveAttention",
     "AgentAttention",
     "AgentBias",
     "AgentSD",
     "AgentState",
+    "Alignment",
+    "AlignmentAttention",
     "AllOrHereAttention",
     "Attention",
     "BatchNorm",
@@ -91,6 +96,7 @@ __all__ = [
     "LinearGlobalAttention",
     "LocalInteraction",
     "LongT5Attention",
+    "LuongAttention",
     "MSAConv",
     "MagnitudeAwareAttention",
     "Matching",
@@ -115,6 +121,7 @@ __all__ = [
     "SwiGLU",
     "UnidirectionalBlockAttention",
     "agent_attend",
+    "aligned_softmax",
     "asa_layers",
     "causal_agents",
     "causal_multi_head_linear",
