@@ -139,3 +139,32 @@ def test_verify_tries_the_layers_of_one_paper() -> None:
 
 def test_verify_needs_one_paper() -> None:
     assert "names one paper" in run("--verify", code=2).output
+
+
+def test_the_taxonomy_narrows_the_list():
+    from glocal.papers import taxonomy
+
+    keys = {paper.code: paper.key for paper in catalogue.all()}
+    found = [keys[code] for code in listed(run("--axis", "positions=local", "--axis", "levels=multi").stdout)]
+    assert tuple(found) == taxonomy.find(positions="local", levels="multi")
+    assert listed(run("windows", "--axis", "domain=audio").stdout) == []
+    assert "positions: soft_global, local" in run("S040").stdout
+    assert "no mechanism of its own" in run("S013").stdout
+
+
+def test_the_taxonomy_itself():
+    lines = run("--axes").stdout.splitlines()
+    assert lines[0].split() == ["axis", "value", "mechanisms", "meaning"]
+    assert re.search(r"^architecture +graph_attention +3 +nodes look at their neighbours$", "\n".join(lines), re.M)
+
+
+@pytest.mark.parametrize(
+    "given,said",
+    [
+        ("local", "must be AXIS=VALUE, such as positions=local; it was 'local'"),
+        ("place=local", "axis 'place' is unknown"),
+        ("positions=near", "positions 'near' is unknown"),
+    ],
+)
+def test_a_bad_axis(given, said):
+    assert said in run("--axis", given, code=2).stderr

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from glocal import papers as catalogue
 from glocal.cli.show import fail
+from glocal.papers import taxonomy
 
 _WIDE = 10_000  # columns where nothing is to be cut: a pipe or a file
 _NARROW = 140  # columns under which a paper does not fit on a line
@@ -25,16 +26,28 @@ def papers(
     kind: Annotated[str | None, typer.Option(help=f"One of {', '.join(catalogue.KINDS)}.")] = None,
     domain: Annotated[str | None, typer.Option(help=f"One of {', '.join(catalogue.DOMAINS)}.")] = None,
     done: Annotated[bool, typer.Option("--done", help="Only those with an implementation and a proof.")] = False,
+    axis: Annotated[
+        list[str] | None, typer.Option(help="A value of the taxonomy, such as positions=local; more than one narrow.")
+    ] = None,
+    axes: Annotated[bool, typer.Option("--axes", help="Print the taxonomy: values and how many have them.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Try how the layers of one paper can be used, now.")] = False,
 ) -> None:
     """List the papers whose attention systems this library carries, or show one in full."""
     for option, value, allowed in (("--kind", kind, catalogue.KINDS), ("--domain", domain, catalogue.DOMAINS)):
         if value is not None and value not in allowed:
             fail(option, f"{value!r} is unknown; it is one of {', '.join(allowed)}")
+    if axes:
+        print_axes(Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE))
+        return
+    try:
+        placed = None if axis is None else set(taxonomy.find(**read_axes(axis)))
+    except ValueError as error:
+        fail("--axis", error)
     words = " ".join(text or ()).strip()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
-    one = _named(words) if kind is None and domain is None and not done else None
+    one = _named(words) if kind is None and domain is None and placed is None and not done else None
     found = catalogue.find(words, kind=kind, domain=domain, done=True if done else None)
+    found = tuple(paper for paper in found if placed is None or paper.key in placed)
     if verify and one is None:
         fail("--verify", "names one paper: glocal papers S114 --verify")
     if one is not None:
@@ -71,6 +84,29 @@ def _named(words: str) -> catalogue.Paper | None:
 def _hint(error: ValueError) -> str:
     # The library's message speaks of Python: the argument's name, and the function that searches.
     return str(error).removeprefix("name=").replace("; find() searches", "; other text is searched for")
+
+
+def read_axes(given: list[str]) -> dict[str, str]:
+    """``positions=local`` as axis and value.
+
+    >>> read_axes(["positions=local", "levels=multi"])
+    {'positions': 'local', 'levels': 'multi'}
+    """
+    if bad := [text for text in given if "=" not in text]:
+        raise ValueError(f"must be AXIS=VALUE, such as positions=local; it was {bad[0]!r}")
+    return dict(text.split("=", 1) for text in given)
+
+
+def print_axes(console: Console) -> None:
+    """The taxonomy: each value, what it means, how many mechanisms have it."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("axis", "value", "mechanisms", "meaning"):
+        table.add_column(name, justify="right" if name == "mechanisms" else "left", overflow="fold")
+    for axis, counts in taxonomy.coverage().items():
+        for value, count in counts.items():
+            meaning = taxonomy.AXES[axis][value]
+            table.add_row(axis, value, str(count), "" if meaning == value else Text(meaning))
+    _print(console, table)
 
 
 def summary(found: tuple[catalogue.Paper, ...]) -> str:
@@ -127,6 +163,15 @@ def print_uses(console: Console, paper: catalogue.Paper) -> None:
     _print(console, table)
 
 
+def placed(paper: catalogue.Paper) -> str:
+    """The place of a paper's mechanism, an axis a line."""
+    try:
+        place = taxonomy.classify(paper.key)
+    except ValueError:
+        return "no mechanism of its own"
+    return "\n".join(f"{axis}: {', '.join(getattr(place, axis))}" for axis in taxonomy.AXES)
+
+
 def print_record(console: Console, paper: catalogue.Paper) -> None:
     """One paper, every field of it."""
     console.print(Text.assemble((f"{paper.code} {paper.key}", "bold"), "  ", paper.title), soft_wrap=True)
@@ -137,6 +182,7 @@ def print_record(console: Console, paper: catalogue.Paper) -> None:
         "domain": paper.domain,
         "summary": paper.summary,
         "objects": "\n".join(paper.objects) or "none yet",
+        "taxonomy": placed(paper),
         "uses": ", ".join(paper.uses) + " (verified)" if paper.uses else "none verified",
         "deviations": paper.deviations or "none recorded",
         "proof": paper.proof or "none yet",

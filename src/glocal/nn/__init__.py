@@ -46,6 +46,7 @@ from glocal.nn.polyline import (
 )
 from glocal.nn.prefix import PrefixGlobalAttention
 from glocal.nn.rope import Rope
+from glocal.nn.score_functions import SCORE_FUNCTIONS, ScoreFunction, entmax15, score_function, sparsemax
 from glocal.nn.shifted import ShiftedSparseAttention
 from glocal.nn.ss2d import SS2D, CrossScan
 from glocal.nn.strip import StripAttention
@@ -56,6 +57,7 @@ from glocal.nn.window import MultiScaleWindowAttention, SlidingWindowAttention
 __all__ = [
     "LASS",
     "MLP",
+    "SCORE_FUNCTIONS",
     "SS2D",
     "USES",
     "AdditiveAttention",
@@ -115,6 +117,7 @@ __all__ = [
     "PolylineLinearAttention",
     "PrefixGlobalAttention",
     "Rope",
+    "ScoreFunction",
     "ShiftedSparseAttention",
     "SlidingWindowAttention",
     "StripAttention",
@@ -130,6 +133,7 @@ __all__ = [
     "context_maps",
     "conv_attend",
     "efficient_attention",
+    "entmax15",
     "fastmax",
     "gate_rate",
     "head_balance",
@@ -142,7 +146,9 @@ __all__ = [
     "polyline_linear_attend",
     "polyline_mask",
     "polyline_product",
+    "score_function",
     "select_tokens",
+    "sparsemax",
     "taylor_features",
     "unified_topk",
 ]
