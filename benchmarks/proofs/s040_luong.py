@@ -21,9 +21,10 @@ from torch.nn.functional import cross_entropy
 from glocal.models.language.luong import Translator
 from glocal.papers.verdict import verdict
 
-ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-seventeen eighteen nineteen""".split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen"""
+ROUND = "twenty thirty forty fifty sixty seventy eighty ninety"
+ONES, TENS = SMALL.split(), ROUND.split()
 WORDS = ["<pad>", "<start>", "<stop>", *ONES, *TENS, "hundred", "thousand", "and"]
 DIM, BATCH = 64, 64
 

@@ -25,6 +25,16 @@ from glocal.nn.linear import LinearAttention
 from glocal.nn.longt5 import LongT5Attention
 from glocal.nn.luong import LuongAttention
 from glocal.nn.mala import MagnitudeAwareAttention, magnitude_aware
+from glocal.nn.marginal import (
+    STRUCTURES,
+    Expanding,
+    MultiHopAttention,
+    expanding_attention,
+    hopfield_retrieve,
+    marginal_attention,
+    marginals,
+    slot_step,
+)
 from glocal.nn.merging import AgentSD, Matching, Phase, match_tokens
 from glocal.nn.mhla import MultiHeadLinearAttention, mixing_matrix, multi_head_linear
 from glocal.nn.mhla_causal import CausalMultiHeadLinearAttention, causal_multi_head_linear
@@ -59,6 +69,7 @@ __all__ = [
     "MLP",
     "SCORE_FUNCTIONS",
     "SS2D",
+    "STRUCTURES",
     "USES",
     "AdditiveAttention",
     "AgentAttention",
@@ -85,6 +96,7 @@ __all__ = [
     "DropPath",
     "DynamicMaskAttention",
     "EfficientAttention",
+    "Expanding",
     "FactorizedAttention",
     "FastmaxAttention",
     "GatedGELU",
@@ -105,6 +117,7 @@ __all__ = [
     "MixtureOfBlocksAttention",
     "MixtureOfHeadsAttention",
     "MultiHeadLinearAttention",
+    "MultiHopAttention",
     "MultiScaleWindowAttention",
     "MultiWindowAttention",
     "MultipoleAttention",
@@ -134,10 +147,14 @@ __all__ = [
     "conv_attend",
     "efficient_attention",
     "entmax15",
+    "expanding_attention",
     "fastmax",
     "gate_rate",
     "head_balance",
+    "hopfield_retrieve",
     "magnitude_aware",
+    "marginal_attention",
+    "marginals",
     "match_tokens",
     "mixing_matrix",
     "multi_head_linear",
@@ -148,6 +165,7 @@ __all__ = [
     "polyline_product",
     "score_function",
     "select_tokens",
+    "slot_step",
     "sparsemax",
     "taylor_features",
     "unified_topk",

@@ -95,7 +95,8 @@ class ScaledDot(Dot):
     """``k q / sqrt(D)``."""
 
     def score(self, q: Tensor, k: Tensor) -> Tensor:
-        return super().score(q, k) * self.query_dim**-0.5
+        out: Tensor = super().score(q, k) * self.query_dim**-0.5
+        return out
 
 
 class General(ScoreFunction):
