@@ -83,7 +83,8 @@ peers: $(VENV)/bin/python
 	  || echo "timm, flash-linear-attention and kvpress cannot be installed here; tests that compare with them will be skipped"
 	$(PIP) install -q --upgrade --no-deps -c constraints.txt --target $(VENV)/peers agent-attention-pytorch \
 	  linear-attention-transformer axial-positional-embedding linformer taylor-series-linear-attention rotary-embedding-torch \
-	  || echo "the ports of linear attention cannot be installed here; tests that compare with them will be skipped"
+	  gaussian-adaptive-attention \
+	  || echo "the ports of single papers cannot be installed here; tests that compare with them will be skipped"
 
 $(VENV)/cache-peers/done: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/glocal/kernels/native/*.[ch]*)
 	$(PYTHON) -m venv $(VENV)/cache-peers

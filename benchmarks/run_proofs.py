@@ -60,7 +60,7 @@ def main() -> None:
     chosen = [s for s in scripts if not args.only or any(s.name.startswith(name.lower()) for name in args.only)]
     if not chosen:
         parser.error(f"no proof begins with {' or '.join(args.only)}")
-    rows, failed = read(), []
+    failed = []
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = {pool.submit(run, script): script for script in chosen}
         for number, ended in enumerate(as_completed(runs), 1):
@@ -72,7 +72,7 @@ def main() -> None:
                 print(error, flush=True)
                 continue
             print(output, end="", flush=True)
-            rows[code] = row
+            rows = read() | {code: row}  # as the table is now: another run may have written to it
             TABLE.write_text(HEAD + "\n".join(rows[code] for code in sorted(rows)) + "\n")
     print(f"\nThe table is in {TABLE.relative_to(ROOT)}.")
     if failed:

@@ -17,19 +17,20 @@ from types import ModuleType
 import pytest
 import torch
 
-__all__ = ["load_fla", "load_kvpress", "load_linear", "load_timm"]
+__all__ = ["load_fla", "load_kvpress", "load_port", "load_timm"]
 
 FOLDER = Path(os.environ.get("GLOCAL_PEERS", Path(sys.prefix) / "peers"))
 
-_LINEAR = (
+_PORTS = (
     "agent-attention-pytorch",
     "linear-attention-transformer",
     "axial-positional-embedding",
     "linformer",
     "taylor-series-linear-attention",
     "rotary-embedding-torch",
+    "gaussian-adaptive-attention",
 )
-_TOPS = ("fla", "kvpress", "timm", "torchvision", "product_key_memory", *(name.replace("-", "_") for name in _LINEAR))
+_TOPS = ("fla", "kvpress", "timm", "torchvision", "product_key_memory", *(name.replace("-", "_") for name in _PORTS))
 _HELD: dict[str, ModuleType] = {}  # what was imported from there so far; out of sys.modules between loads
 _LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
 
@@ -61,13 +62,13 @@ def load_kvpress(name: str) -> ModuleType:
         return importlib.import_module(f"kvpress.{name}")
 
 
-def load_linear(name: str) -> ModuleType:
-    """A module of agent_attention_pytorch, linear_attention_transformer or taylor_series_linear_attention.
+def load_port(name: str) -> ModuleType:
+    """A module of one of the small packages above, which are one paper each.
 
     No package's own code runs: it would ask for more packages. Product-key memories, of which only the name is
     imported, stay away.
     """
-    with _peers(" ".join(_LINEAR)):
+    with _peers(" ".join(_PORTS)):
         _bare(name.split(".")[0])
         vars(sys.modules.setdefault("product_key_memory", ModuleType("product_key_memory")))["PKM"] = None
         return importlib.import_module(name)

@@ -7,7 +7,7 @@ from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate
 from glocal.nn.agent import AgentAttention, AgentBias, agent_attend, causal_agents
 from glocal.nn.rope import Rope
 from tests.nn.layers import steps
-from tests.peers import load_linear
+from tests.peers import load_port
 
 
 def tensors(n=12, m=12, agents=5, d=4, e=3, heads=2):
@@ -66,7 +66,7 @@ def test_agents_that_have_keys_of_their_own():
 
 
 def test_it_is_agent_attention_pytorch():
-    peer = load_linear("agent_attention_pytorch.agent_attention_pytorch")
+    peer = load_port("agent_attention_pytorch.agent_attention_pytorch")
     torch.manual_seed(0)
     attention = peer.AgentSelfAttention(16, num_agent_tokens=5, dim_head=8, heads=2, talking_heads=False, gate=False)
     attention = attention.double()

@@ -6,7 +6,7 @@ import torch
 from glocal.nn import Attention
 from glocal.nn.efficient import EfficientAttention, EfficientState, context_maps, efficient_attention
 from tests.nn.layers import project, steps
-from tests.peers import load_linear
+from tests.peers import load_port
 
 
 def tensors(n=13, m=13, d=4, e=3, heads=2, kv_heads=2, spread=1.0):
@@ -46,7 +46,7 @@ def test_by_definition(n, m, heads):
 
 def test_equals_linear_attention_transformer():
     """The peer multiplies by ``D ** -0.5`` besides."""
-    peer = load_linear("linear_attention_transformer.linear_attention_transformer")
+    peer = load_port("linear_attention_transformer.linear_attention_transformer")
     q, k, v = tensors(e=4)
     torch.testing.assert_close(efficient_attention(q, k, v)[0], 2 * peer.linear_attn(q, k, v))
     keys = torch.arange(13) >= torch.tensor([[4], [0]])

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from glocal.nn import Rope
 from glocal.nn.taylor import FastmaxAttention, fastmax, taylor_features
 from tests.nn.layers import project, steps
-from tests.peers import FOLDER, load_linear
+from tests.peers import FOLDER, load_port
 
 SETTINGS = [
     (2, "standard", None),
@@ -87,7 +87,7 @@ def test_products_of_features_are_the_series(power):
 
 @pytest.mark.parametrize("once", [False, True])
 def test_features_equal_taylor_series_linear_attention(once):
-    peer = load_linear("taylor_series_linear_attention.attention")
+    peer = load_port("taylor_series_linear_attention.attention")
     x, y = torch.randn(2, 7, 5, dtype=torch.double)
     theirs = [peer.second_taylor_expansion(t, remove_even_power_dups=once) for t in (x, y)]
     torch.testing.assert_close(taylor_features(x) @ taylor_features(y).T, theirs[0] @ theirs[1].T)

@@ -16,6 +16,8 @@ from glocal.nn.dma import DynamicMaskAttention
 from glocal.nn.efficient import EfficientAttention, context_maps, efficient_attention
 from glocal.nn.factorised import FactorizedAttention
 from glocal.nn.frame import USES, Attention, Call
+from glocal.nn.gaussian import GaussianAdaptiveAttention, GaussianBlock, importance_factor
+from glocal.nn.grouped_linear import GroupedLinear
 from glocal.nn.heavy import HeavyHitterAttention
 from glocal.nn.hyena import Hyena, HyenaPixel
 from glocal.nn.lass import LASS
@@ -100,6 +102,9 @@ __all__ = [
     "FactorizedAttention",
     "FastmaxAttention",
     "GatedGELU",
+    "GaussianAdaptiveAttention",
+    "GaussianBlock",
+    "GroupedLinear",
     "HeavyHitterAttention",
     "Hyena",
     "HyenaPixel",
@@ -139,12 +144,14 @@ __all__ = [
     "agent_attend",
     "aligned_softmax",
     "asa_layers",
+    "beta_binomial",
     "causal_agents",
     "causal_multi_head_linear",
     "choose_keyframes",
     "clamped_linear_attend",
     "context_maps",
     "conv_attend",
+    "dynamic_conv",
     "efficient_attention",
     "entmax15",
     "expanding_attention",
@@ -152,6 +159,7 @@ __all__ = [
     "gate_rate",
     "head_balance",
     "hopfield_retrieve",
+    "importance_factor",
     "magnitude_aware",
     "marginal_attention",
     "marginals",
