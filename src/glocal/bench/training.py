@@ -33,22 +33,35 @@ class Training:
         layers: parts of it whose matrices Muon trains.
         lr: highest learning rate.
         identity: what a checkpoint must agree with to be taken up: seed, sizes.
+        optimizers: train the model instead of these two, at learning rates by the same rule.
+        rate: instead of that rule: given a step and the steps in all, the share of ``lr``.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Iterable[nn.Module], *, lr: float, identity: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        layers: Iterable[nn.Module],
+        *,
+        lr: float,
+        identity: Mapping[str, Any],
+        optimizers: Iterable[torch.optim.Optimizer] | None = None,
+        rate: Callable[[int, int], float] | None = None,
     ) -> None:
         self.model, self.lr, self.identity = model, lr, dict(identity)
-        matrices = {id(p): p for layer in layers for p in layer.parameters() if p.dim() > 1}
-        others = [p for p in model.parameters() if id(p) not in matrices]
-        self.optimizers: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(list(matrices.values()), lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=(0.9, 0.95), fused=True),
-        )
+        self.rate = _rate if rate is None else rate
+        self.optimizers = self._by_muon(layers) if optimizers is None else tuple(optimizers)
         self.step = 0
         self.curve: list[dict[str, float]] = []
         self.seconds, self._since = 0.0, time.monotonic()
         self._losses: list[float] = []
+
+    def _by_muon(self, layers: Iterable[nn.Module]) -> tuple[torch.optim.Optimizer, ...]:
+        matrices = {id(p): p for layer in layers for p in layer.parameters() if p.dim() > 1}
+        others = [p for p in self.model.parameters() if id(p) not in matrices]
+        return (
+            torch.optim.Muon(list(matrices.values()), lr=self.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=self.lr, weight_decay=0.0, betas=(0.9, 0.95), fused=True),
+        )
 
     def advance(self, loss_of: Callable[[int], Tensor], steps: int) -> float:
         """One step of ``steps``: ``loss_of(step)`` is its loss, which is returned."""
@@ -58,7 +71,7 @@ class Training:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.lr * min(1.0, (self.step + 1) / 100, (steps - self.step) / (steps / 3))
+                group["lr"] = self.lr * self.rate(self.step, steps)
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
@@ -174,3 +187,7 @@ class Training:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         self.step, self.curve = about["step"], about["curve"]
         self.seconds, self._losses = about["seconds"], about["losses"]
+
+
+def _rate(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / 100, (steps - step) / (steps / 3))
