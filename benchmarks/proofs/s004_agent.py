@@ -1,6 +1,6 @@
 """Does agent attention, put into a trained diffusion model without training, disturb it less than other cheap forms?
 
-    python benchmarks/proofs/_s004_agent.py [--steps 1200] [--seeds 3]
+    python benchmarks/proofs/s004_agent.py [--steps 1200] [--seeds 3]
 
 A small denoiser of digits of 16 x 16 with one softmax attention over all 256 pixels is trained to predict the noise.
 Then only that attention is exchanged: for agents, 32 of them made by merging and with the scales of AgentSD; for linear
