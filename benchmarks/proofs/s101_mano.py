@@ -1,6 +1,6 @@
 """Do coarser copies of a map give window attention what it needs for a global problem, at a linear cost?
 
-    python benchmarks/proofs/_s101_mano.py [--steps 400] [--seeds 1]
+    python benchmarks/proofs/s101_mano.py [--steps 400] [--seeds 1]
 
 Darcy flow on 32 x 32 cells (`glocal.bench.darcy`), 400 bodies to learn from and 100 to be tested on: from what the body
 lets through, 3 or 12, and two coordinates to the pressure. MANO's network with windows of 4 x 4 on three levels and the
@@ -35,7 +35,7 @@ def maps(count: int, seed: int) -> tuple[Tensor, Tensor]:
 def train(levels: int, seed: int, steps: int, x: Tensor, y: Tensor, test: tuple[Tensor, Tensor]) -> float:
     """Relative error on the test bodies."""
     torch.manual_seed(seed)
-    model = MANOOperator(3, 1, dim=DIM, depth=DEPTH, num_heads=HEADS, window=WINDOW, levels=levels, backend="sdpa")
+    model = MANOOperator(3, 1, dim=DIM, depth=DEPTH, num_heads=HEADS, window=WINDOW, levels=levels)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-4)
     plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)

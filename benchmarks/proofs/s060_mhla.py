@@ -1,12 +1,15 @@
 """Does a mixture for each block of queries give linear attention back what one summary for all has lost?
 
-    python benchmarks/proofs/_s060_mhla.py [--seeds 3] [--steps 600]
+    python benchmarks/proofs/s060_mhla.py [--seeds 3] [--steps 600]
 
 Mosaics of 4 x 4 handwritten digits (scikit-learn's `load_digits`), 32 x 32 pixels, 8 x 8 patches, 4 x 4 blocks of
 tokens. Without training: the rank and the mean entropy of the rows of the attention matrix, of features that random
 projections make of the patches; the mixing matrix is the one that training starts with. Then trained: one patch of one
-digit carries a mark, which digit is it? Two layers, equal but for the mixing; test digits are not in training. MHLA,
+digit carries a mark: which digit is it? Two layers, equal but for the mixing; test digits are not in training. MHLA,
 2026, arXiv 2601.07832.
+
+The digit is named from the marked token, which has seen a quarter of it: its query must pick three tokens of its block
+from 64. The mean of all tokens would not ask this of a layer: the 63 others would count as much as the marked one.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ def spread(images: Tensor, mixing: Tensor, blocks: tuple[int, int]) -> tuple[flo
 
 
 class Marked(nn.Module):
-    """Patches with positions, two blocks, mean, ten logits; without the layers' convolutions, which mix as well."""
+    """Patches with positions, two blocks, the marked token; without the layers' convolutions, which mix as well."""
 
     def __init__(self, blocks: tuple[int, int]) -> None:
         super().__init__()
@@ -65,7 +68,8 @@ class Marked(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.blocks(self.embed(images).movedim(1, -1) + self.positions)
-        out: Tensor = self.head(self.norm(x).mean((1, 2)))
+        marked = images[:, 1, ::PATCH, ::PATCH] > 0  # one of the tokens of each image
+        out: Tensor = self.head(self.norm(x[marked]))
         return out
 
 

@@ -1,6 +1,6 @@
 """Does local concentration gather again what linear attention has spread, and does that help?
 
-    python benchmarks/proofs/_s037_l2vit.py [--seeds 3] [--steps 150]
+    python benchmarks/proofs/s037_l2vit.py [--seeds 3] [--steps 150]
 
 Handwritten digits, enlarged to 28 x 28, patches of 2 x 2: four blocks of linear attention over the whole map, 32
 channels and 2 heads, with the local concentration and without. Test accuracy, and which share of an output token's
