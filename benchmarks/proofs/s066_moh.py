@@ -14,67 +14,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
 
 import torch
-from sklearn.datasets import load_digits
+from patch_bed import DIM, HEADS, Digits, accuracy, digits, train
 from torch import Tensor, nn
 
-from glocal.nn import MLP, Attention, Block, MixtureOfHeadsAttention, head_balance
+from glocal.nn import Attention, MixtureOfHeadsAttention, head_balance
 from glocal.papers.verdict import verdict
 
-DIM, HEADS, SHARED, TOP_K, BATCH, RATE, WEIGHT, SHUFFLES = 64, 8, 2, 4, 64, 3e-3, 0.01, 999
-
-Data = tuple[Tensor, Tensor]
+SHARED, TOP_K, WEIGHT, SHUFFLES = 2, 4, 0.01, 999
 
 
-class Digits(nn.Module):
-    """Patches with learned positions, two blocks, mean, ten logits."""
-
-    def __init__(self, layer: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        self.embed, self.place = nn.Linear(4, DIM), nn.Parameter(0.02 * torch.randn(16, DIM))
-        self.blocks = nn.Sequential(*[Block(DIM, layer(), MLP(DIM, 2 * DIM)) for _ in range(2)])
-        self.norm, self.head = nn.LayerNorm(DIM), nn.Linear(DIM, 10)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        out: Tensor = self.head(self.norm(self.blocks(self.embed(patches) + self.place)).mean(1))
-        return out
-
-
-def digits() -> tuple[Data, Data]:
-    """Patches ``(n, 16, 4)`` and labels, 60 % to train and 40 % to test."""
-    data = load_digits()
-    images, labels = torch.from_numpy(data.images).float() / 8 - 1, torch.from_numpy(data.target)
-    patches = images.unflatten(1, (4, 2)).unflatten(3, (4, 2)).transpose(2, 3).flatten(3).flatten(1, 2)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    train, test = order[: 6 * len(order) // 10], order[6 * len(order) // 10 :]
-    return (patches[train], labels[train]), (patches[test], labels[test])
-
-
-def train(model: Digits, data: Data, epochs: int, seed: int, *, routed: bool = False) -> None:
-    """Cross-entropy, and the balance of heads where they are chosen."""
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
-    steps = epochs * -(-len(data[1]) // BATCH)
-    plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
-    model.train()
-    for _ in range(epochs):
-        for batch in torch.randperm(len(data[1]), generator=generator).split(BATCH):
-            loss = nn.functional.cross_entropy(model(data[0][batch]), data[1][batch])
-            if routed:
-                loss = loss + WEIGHT * head_balance(model)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            plan.step()
-    model.eval()
-
-
-@torch.no_grad()
-def accuracy(model: Digits, data: Data) -> float:
-    """Share of test digits that are told right."""
-    return float((model.eval()(data[0]).argmax(-1) == data[1]).float().mean())
+def balance(model: nn.Module) -> Tensor:
+    """What the paper adds to the loss."""
+    return WEIGHT * head_balance(model)
 
 
 def differs(use: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -109,7 +62,7 @@ def main() -> None:
 
         torch.manual_seed(seed)
         model = Digits(lambda: MixtureOfHeadsAttention(DIM, HEADS, shared_heads=SHARED, top_k=TOP_K))
-        train(model, learn, options.epochs, seed, routed=True)
+        train(model, learn, options.epochs, seed, penalty=balance)
         right["mixture"].append(accuracy(model, test))
         balances.append(float(head_balance(model)))
         uses = [(block.attention.gates[:, SHARED:] > 0).sum(-1).float() for block in model.blocks]
@@ -122,7 +75,7 @@ def main() -> None:
                 block.attention, shared_heads=HEADS // 2, top_k=HEADS // 4, router="query_norm"
             )
         right["converted"].append(accuracy(tuned, test))
-        train(tuned, learn, max(1, options.epochs // 4), seed, routed=True)
+        train(tuned, learn, max(1, options.epochs // 4), seed, penalty=balance)
         right["tuned"].append(accuracy(tuned, test))
         print(
             f"seed {seed}: "

@@ -123,6 +123,8 @@ class Attention(nn.Module):
         self.kv_dim = kv_dim = dim if kv_dim is None else kv_dim
         self.qk_norm = qk_norm
         if not project:
+            if type(self).make is not Attention.make or type(self).share is not Attention.share:
+                raise ValueError(f"project must be True for {type(self).__name__}, which acts on the projections")
             return
         self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(kv_dim, num_kv_heads * self.head_dim, bias=qkv_bias)

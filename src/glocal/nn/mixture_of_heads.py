@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.condense import best
+from glocal.nn.convert import made_from, plain
 from glocal.nn.frame import Attention, Call
 from glocal.patterns import Choose, Prefix
 from glocal.shapes import Float
@@ -114,20 +115,12 @@ class MixtureOfHeadsAttention(Attention):
         >>> torch.equal(layer(x), trained(x))
         True
         """
-        if type(layer) is not Attention:
-            raise ValueError(f"layer must be plain Attention; it was {type(layer).__name__}")
+        made = made_from(cls, plain(layer), **options)
         trained = layer.state_dict()
-        sizes = ("num_kv_heads", "head_dim", "kv_dim")
-        rest = ("causal", "qk_norm", "rope", "scale", "softcap", "dropout", "backend")
-        kept = {name: getattr(layer, name) for name in sizes + rest}
-        kept |= {"qkv_bias": "q_proj.bias" in trained, "out_bias": "o_proj.bias" in trained}
-        kept |= {"gate": layer.g_proj is not None, "lepe": None if layer.lepe is None else layer.lepe.kernel_size[0]}
-        made = cls(layer.dim, layer.num_heads, **(kept | options))
-        first = next(layer.parameters(), None)
-        if first is not None:
-            made.to(first.device, first.dtype)
-        made.load_state_dict({name: trained.get(name, torch.zeros_like(t)) for name, t in made.state_dict().items()})
-        return made.train(layer.training)
+        for name, p in made.named_parameters():
+            if name not in trained:
+                nn.init.zeros_(p)
+        return made
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         real = None if call.real is None or call.cross else call.real[:, -q.shape[2:-1].numel() :]
