@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glocal.nn import Attention, Call
+from glocal.inspect.calls import layer_call
+from glocal.nn import Attention
 from glocal.shapes import Float
 
 __all__ = ["head_reach", "pwcca"]
@@ -21,12 +22,8 @@ def head_reach(layer: Attention, x: Float[Tensor, "B N dim"]) -> tuple[Tensor, T
     >>> torch.allclose(entropy.exp(), torch.tensor(16.0))
     True
     """
+    shares = layer_call(layer, x).weights
     at = torch.arange(x.shape[1], device=x.device)
-    q, k, _ = layer.project(x, x, at, at)
-    # Attention to unit vectors instead of values gives the probabilities themselves.
-    units = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(*k.shape[:2], -1, -1)
-    call = Call(x, x, None, None, False)
-    shares = layer.attend(q, k, units, layer.where(q, k, call), call)
     distance = (shares * (at[:, None] - at).abs()).sum(-1)
     entropy = torch.special.entr(shares).sum(-1)
     return distance.mean((0, 2)), entropy.mean((0, 2))
