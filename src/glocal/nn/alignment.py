@@ -26,7 +26,7 @@ class Alignment(NamedTuple):
     total: Tensor
     """The sum of the alignments of all steps so far, ``(B, T)``."""
     position: Tensor
-    """Where the mechanism stands, in frames, ``(B, positions)``."""
+    """Where the mechanism stands, in frames, ``(B, positions)``; in float32 or wider at first, which can count them."""
     step: int
     """Steps so far."""
 
@@ -94,7 +94,8 @@ class AlignmentAttention(nn.Module):
                 f"real must be booleans {tuple(memory.shape[:2])}; it was {real.dtype} {tuple(real.shape)}"
             )
         weights = self.first(memory)
-        position = memory.new_zeros(memory.shape[0], self.positions)
+        wide = torch.promote_types(memory.dtype, torch.float32)
+        position = memory.new_zeros(memory.shape[0], self.positions, dtype=wide)
         return Alignment(memory, real, self.keys(memory), weights, torch.zeros_like(weights), position, 0)
 
     def forward(self, query: Float[Tensor, "B query_dim"], state: Alignment) -> tuple[Tensor, Alignment]:
@@ -112,7 +113,12 @@ class AlignmentAttention(nn.Module):
         """
         if query.shape != (state.memory.shape[0], self.query_dim):
             raise ValueError(f"query must be {(state.memory.shape[0], self.query_dim)}; it was {tuple(query.shape)}")
-        weights, position = self.align(query, state)
+        return self.look(state, *self.align(query, state))
+
+    def look(
+        self, state: Alignment, weights: Float[Tensor, "B T"], position: Float[Tensor, "B positions"]
+    ) -> tuple[Tensor, Alignment]:
+        """What stands where it looks, ``(B, memory_dim)``, and the state after the step."""
         context = (weights[:, None] @ state.memory)[:, 0]
         total, step = state.total + weights, state.step + 1
         return context, state._replace(weights=weights, total=total, position=position, step=step)
@@ -136,13 +142,16 @@ class AdditiveAttention(AlignmentAttention):
     """Content attention by a small network: ``v^T tanh(W query + U memory + b)``, and features of where it looked.
 
     Bahdanau et al., 2015, arXiv 1409.0473; with ``filters`` location-sensitive, Chorowski et al., 2015, arXiv
-    1506.07503: the last alignment, and the sum of all, go through a convolution into the network.
+    1506.07503: the last alignment, and the sum of all, go through a convolution into the network. With ``feedback``
+    the sum of all, times ``0.5 sigmoid(w memory)``, goes in as one number a frame, as in Zeyer et al., 2018, arXiv
+    1805.03294: frames differ in how often they are to be looked at.
 
     Args:
         query_dim, memory_dim: as in `AlignmentAttention`.
         hidden: channels of the small network.
         filters: of the convolution; 0 for none.
         width: frames that a filter covers, odd.
+        feedback: how much a frame was looked at goes into the network.
 
     Raises:
         ValueError: sizes below 1, an even width.
@@ -154,7 +163,14 @@ class AdditiveAttention(AlignmentAttention):
     """
 
     def __init__(
-        self, query_dim: int, memory_dim: int, *, hidden: int = 128, filters: int = 0, width: int = 31
+        self,
+        query_dim: int,
+        memory_dim: int,
+        *,
+        hidden: int = 128,
+        filters: int = 0,
+        width: int = 31,
+        feedback: bool = False,
     ) -> None:
         super().__init__(query_dim, memory_dim)
         if hidden < 1 or filters < 0:
@@ -167,19 +183,30 @@ class AdditiveAttention(AlignmentAttention):
         if filters:
             self.location = nn.Conv1d(2, filters, width, padding=width // 2, bias=False)
             self.location_proj = nn.Linear(filters, hidden, bias=False)
-        self.filters = filters
+        if feedback:
+            self.share = nn.Linear(memory_dim, 1, bias=False)
+            self.feedback_proj = nn.Linear(1, hidden, bias=False)
+        self.filters, self.feedback = filters, feedback
 
     def keys(self, memory: Tensor) -> Tensor:
         made: Tensor = self.memory_proj(memory)
         return made
 
-    def energies(self, query: Tensor, state: Alignment) -> Float[Tensor, "B T"]:
-        """Before the softmax."""
+    def inner(self, query: Tensor, state: Alignment) -> Float[Tensor, "B T hidden"]:
+        """What the small network holds of each frame."""
         inner = state.keys + self.query_proj(query)[:, None]
         if self.filters:
             before = torch.stack([state.weights, state.total], 1)
             inner = inner + self.location_proj(self.location(before).mT)
-        out: Tensor = self.energy(inner.tanh())[..., 0]
+        if self.feedback:
+            looked = 0.5 * self.share(state.memory).sigmoid() * state.total[..., None]
+            inner = inner + self.feedback_proj(looked)
+        out: Tensor = inner.tanh()
+        return out
+
+    def energies(self, query: Tensor, state: Alignment) -> Float[Tensor, "B T"]:
+        """Before the softmax."""
+        out: Tensor = self.energy(self.inner(query, state))[..., 0]
         return out
 
     def align(self, query: Tensor, state: Alignment) -> tuple[Tensor, Tensor]:
