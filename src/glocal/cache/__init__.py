@@ -8,6 +8,7 @@ from glocal.cache.descriptors import DescriptorCache
 from glocal.cache.dilated import DilatedWindowCache
 from glocal.cache.heavy import HeavyHitters
 from glocal.cache.latents import LatentCache
+from glocal.cache.queries import QueryCache
 from glocal.cache.roles import TokenRoles
 from glocal.cache.rows import BlockRowCache
 from glocal.cache.selected import BestTokens, SelectedTokens
@@ -27,6 +28,7 @@ __all__ = [
     "HeavyHitters",
     "Kept",
     "LatentCache",
+    "QueryCache",
     "SelectedTokens",
     "StateCache",
     "TokenRoles",
