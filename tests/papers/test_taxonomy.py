@@ -40,8 +40,8 @@ def test_places_known_by_hand(key, wanted):
 def test_the_places_agree_with_what_the_layers_refuse():
     """A mechanism that is for one sequence only has no cross form in the library, and the other way round."""
     for paper in papers.all():
-        if not paper.uses or paper.key not in taxonomy._records():
-            continue
+        if not paper.uses or paper.key not in taxonomy._records() or "operator" in paper.kinds:
+            continue  # an operator's function may have what its layer has not
         crosses = any("cross" in use for use in paper.uses)
         if "distinctive" in taxonomy.classify(paper.key).sequences:
             assert crosses, paper.key

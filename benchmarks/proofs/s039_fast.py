@@ -1,10 +1,13 @@
 """What does attention by the exponential's first terms lose as a language model, and how does its work grow?
 
-    python benchmarks/proofs/_s039_fast.py [--seeds 1] [--steps 300]
+    python benchmarks/proofs/s039_fast.py [--seeds 1] [--steps 400]
 
 Byte models of two layers, 64 channels and 4 heads on the standard library's source, 256 bytes at a time: softmax
 attention, and fastmax with the series up to the square and up to the linear term. Held-out bits per byte, and the
 multiplications of one head of 16 channels for 2,048 and 8,192 tokens. Gerami et al., 2024, arXiv 2402.07901.
+
+A step takes 0.11 s of a core by softmax, 0.51 up to the square and 0.13 up to the linear term: 400 steps of each are
+five minutes, 1,500 would be nineteen.
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ def growth(attention: Callable[[Tensor, Tensor, Tensor], object]) -> tuple[float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
