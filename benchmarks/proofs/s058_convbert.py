@@ -1,4 +1,4 @@
-"""Do convolutions in the place of half of the heads lower the loss with fewer parameters, and free the others to look farther?
+"""Do convolutions instead of half of the heads lower the loss with fewer parameters, and let the others look farther?
 
     python benchmarks/proofs/s058_convbert.py [--seeds 2] [--steps 1200]
 

@@ -38,7 +38,7 @@ def test_errors_name_the_argument():
     t = torch.zeros(1, 1, 3, 2)
     with pytest.raises(ValueError, match="count must be at least 0; it was -1"):
         QueryCache(-1)
-    with pytest.raises(ValueError, match="queries must be .*; it was None"):
+    with pytest.raises(ValueError, match=r"queries must be .*; it was None"):
         QueryCache(1).update(t, t)
     with pytest.raises(ValueError, match=r"queries must be \(B, H, 3, D\)"):
         QueryCache(1).update(t, t, queries=t[:, :, 1:])

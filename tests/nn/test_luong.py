@@ -65,14 +65,17 @@ def by_hand(layer, query, memory, real, step=0):
     return torch.stack(rows)
 
 
-CASES = list(itertools.product(["dot", "general", "concat", "concat_code", "location"], ["global", "local_m", "local_p"]))
+CASES = list(
+    itertools.product(["dot", "general", "concat", "concat_code", "location"], ["global", "local_m", "local_p"])
+)
 
 
 @pytest.mark.parametrize("score,place", CASES)
 def test_by_definition_with_gradients(score, place):
     layer = make(score=score, place=place, window=2, longest=7)
     query, memory, real = inputs()
-    given = [query.requires_grad_(), memory.requires_grad_(), *(p for n, p in layer.named_parameters() if "out" not in n)]
+    learned = [p for name, p in layer.named_parameters() if "out" not in name]
+    given = [query.requires_grad_(), memory.requires_grad_(), *learned]
     state = layer.start(memory, real)
     for step in range(3):
         context, state = layer(query, state)

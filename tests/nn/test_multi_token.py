@@ -1,4 +1,4 @@
-"""S074: torch's attention from the identity, loops over every tap, talking heads of a peer, decoding, bounded memory."""
+"""S074: torch's attention from the identity, loops over every tap, a peer's talking heads, decoding, memory."""
 
 from __future__ import annotations
 
@@ -235,6 +235,7 @@ def test_a_padded_sequence_gives_what_it_gives_alone(causal):
     out = layer(x, keys=keys)
     torch.testing.assert_close(out[1:, :8], layer(x[1:, :8]))
     torch.testing.assert_close(out[:1], layer(x[:1]))
+    torch.testing.assert_close(layer(x.masked_fill(~keys[..., None], torch.nan), keys=keys)[keys], out[keys])
 
 
 @pytest.mark.parametrize("tile_size", [None, 2])
@@ -373,6 +374,10 @@ def test_refuses_bad_input():
         ({"score_kernel": torch.ones(2, 3, 2)}, r"score_kernel must be \(2, queries, keys\), keys odd"),
         ({"weight_kernel": torch.ones(3, 3, 3)}, "weight_kernel must be"),
         ({"halo": 6}, "halo of them; it had 5, halo 6"),
+        ({"score_mix": torch.ones(3, 3)}, r"score_mix must be \(2, 2\)"),
+        ({"weight_mix": torch.ones(2, 2, 2)}, r"weight_mix must be \(groups, g, g\), 2 heads in all"),
+        ({"keys": torch.ones(1, 4, dtype=torch.bool)}, r"keys must be booleans \(1, 5\)"),
+        ({"tile_size": 0}, "tile_size must be at least 1; it was 0"),
     ):
         with pytest.raises(ValueError, match=message):
             multi_token_attend(q, q, q, **options)

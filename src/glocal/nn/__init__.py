@@ -12,6 +12,7 @@ from glocal.nn.broadcast import ContextBroadcast, UniformHeadAttention, insert_b
 from glocal.nn.concentration import LinearGlobalAttention, clamped_linear_attend
 from glocal.nn.conv import BatchNorm, ConvMLP, Depthwise, LocalInteraction
 from glocal.nn.conv_attention import ConvAttention, MSAConv, conv_attend
+from glocal.nn.convolved_scores import multi_token_attend
 from glocal.nn.core_context import CoreContextAttention
 from glocal.nn.decay import no_weight_decay
 from glocal.nn.delta_conv import DeltaConv
@@ -53,7 +54,7 @@ from glocal.nn.mhla_causal import CausalMultiHeadLinearAttention, causal_multi_h
 from glocal.nn.mixture_of_heads import MixtureOfHeadsAttention, head_balance
 from glocal.nn.moba import MixtureOfBlocksAttention
 from glocal.nn.monotonic_paths import best_path, log_marginal
-from glocal.nn.multi_token import MultiTokenAttention, multi_token_attend
+from glocal.nn.multi_token import MultiTokenAttention
 from glocal.nn.multipole import MultipoleAttention, multipole_levels
 from glocal.nn.multiwindow import MultiWindowAttention
 from glocal.nn.nats import NeuralAttentionSearch

@@ -47,9 +47,7 @@ class Embeddings(nn.Module):
 class EncoderBlock(nn.Module):
     """BERT's block, norms after the residuals, around any attention; the feed-forward may be in groups."""
 
-    def __init__(
-        self, dim: int, attention: nn.Module, hidden: int, *, groups: int, dropout: float, eps: float
-    ) -> None:
+    def __init__(self, dim: int, attention: nn.Module, hidden: int, *, groups: int, dropout: float, eps: float) -> None:
         super().__init__()
         linear = nn.Linear if groups == 1 else partial(GroupedLinear, groups=groups)
         self.attention, self.fc1, self.fc2 = attention, linear(dim, hidden), linear(hidden, dim)
@@ -196,8 +194,7 @@ def from_transformers(model: nn.Module, *, mask_conv: bool = False) -> ConvBERT:
         raise ValueError(f"model must be a ConvBERT of transformers; it was {type(model).__name__}")
     if config.head_ratio != 2 or config.hidden_act != "gelu":
         raise ValueError(
-            "model must have head_ratio 2 and hidden_act 'gelu'; it had "
-            f"{config.head_ratio} and {config.hidden_act!r}"
+            f"model must have head_ratio 2 and hidden_act 'gelu'; it had {config.head_ratio} and {config.hidden_act!r}"
         )
     own = ConvBERT(
         config.vocab_size,

@@ -1,4 +1,4 @@
-"""Pre-training by replaced tokens (ELECTRA): a small generator fills in masked tokens, the encoder tells which are its."""
+"""Pre-training by replaced tokens (ELECTRA): a small generator fills in masked tokens, the encoder finds them."""
 
 from __future__ import annotations
 
@@ -119,7 +119,9 @@ def replaced_token_loss(
         raise ValueError(f"share must be above 0 and at most 1; it was {share}")
     for name, value in (("keys", keys), ("maskable", maskable)):
         if value is not None and (value.dtype != torch.bool or value.shape != tokens.shape):
-            raise ValueError(f"{name} must be booleans {tuple(tokens.shape)}; it was {value.dtype} {tuple(value.shape)}")
+            raise ValueError(
+                f"{name} must be booleans {tuple(tokens.shape)}; it was {value.dtype} {tuple(value.shape)}"
+            )
     real = torch.ones_like(tokens, dtype=torch.bool) if keys is None else keys
     free = real if maskable is None else real & maskable
     if not bool(free.any(1).all()):

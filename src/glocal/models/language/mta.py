@@ -46,7 +46,7 @@ def mta(
     """
     hidden = -(-8 * dim // 3 // 256) * 256 if hidden is None else hidden
     convolve = options.pop("convolve", ("scores", "weights"))
-    settings = {"causal": True, "rope": Rope(theta)} | options
+    settings: dict[str, Any] = {"causal": True, "rope": Rope(theta)} | options
 
     def layer(number: int) -> Callable[[int], nn.Module]:
         own = convolve if is_global(number, period, place) else ()
