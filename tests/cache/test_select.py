@@ -16,6 +16,7 @@ from glocal.cache import (
     FullCache,
     HeavyHitters,
     LatentCache,
+    QueryCache,
     SelectedTokens,
     TokenRoles,
     WindowCache,
@@ -35,6 +36,7 @@ POLICIES = {
     "latents": LatentCache,
     "latents, window": lambda: LatentCache(WindowCache(4)),
     "latents, compressed": lambda: LatentCache(CompressedCache(4, 2)),
+    "queries": lambda: QueryCache(3),
     "roles": lambda: TokenRoles(3),
     "chunks of roles": lambda: TokenRoles(4, 2),
     "selected": SelectedTokens,
@@ -61,6 +63,7 @@ def text(batch: int):
 
 
 WANTED = {
+    QueryCache: {"queries": "queries"},
     HeavyHitters: {"queries": "queries"},
     CoreCache: {"query": "query", "turned": "turned"},
     TokenRoles: {"roles": "roles"},

@@ -1,6 +1,6 @@
 """Does an alignment that must move forward cost nothing at training lengths, and hold where soft attention breaks?
 
-    python benchmarks/proofs/s038_latent_monotonic.py [--seeds 1]
+    python benchmarks/proofs/_s038_latent_monotonic.py [--seeds 1]
 
 Symbols, which may follow themselves, are stretched by 3 to 8 frames each, with noise and a mark at the beginning; the
 target is the string of symbols. A decoder with soft attention is trained on 3 to 8 symbols; it goes on with soft

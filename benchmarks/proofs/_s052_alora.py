@@ -1,6 +1,6 @@
 """Can an adapter that attends carry to a token what the frozen model cannot see?
 
-    python benchmarks/proofs/s052_alora.py [--seeds 2] [--base-steps 300] [--steps 400]
+    python benchmarks/proofs/_s052_alora.py [--seeds 2] [--base-steps 300] [--steps 400]
 
 A byte model of two layers of 64 channels whose windows reach 8 bytes back, on the standard library's source; then
 frozen. The new task: a marked letter, 29 bytes of source, a sign that asks for the letter. Adapters on the query and

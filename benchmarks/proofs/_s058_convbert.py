@@ -1,6 +1,6 @@
 """Do convolutions instead of half of the heads lower the loss with fewer parameters, and let the others look farther?
 
-    python benchmarks/proofs/s058_convbert.py [--seeds 2] [--steps 1200]
+    python benchmarks/proofs/_s058_convbert.py [--seeds 2] [--steps 1200]
 
 Masked bytes of the standard library's source, 15 of 100, in ConvBERT's encoder of two layers of 96 channels: 4 heads
 that attend, against 2 that attend and 2 convolutions over 9 bytes. 16 pieces of 96 bytes a step at 1e-3, warmed up and
