@@ -76,7 +76,7 @@ def test_bad_input():
         layer_call(AgentAttention(8, 2), torch.randn(1, 4, 8))
     with pytest.raises(ValueError, match="it called none"):
         record_heads(Skipping(), torch.randn(1, 4, 8))
-    with pytest.raises(TypeError, match="PreTrainedModel"):
+    with pytest.raises(ValueError, match="Linear has none"):
         record_heads(nn.Linear(8, 8), torch.randn(1, 8))
 
 

@@ -17,9 +17,9 @@ def test_rows_one_by_one(kind):
     options = {"window": 3} if kind is SlidingWindowAttention else {}
     layer = kind(16, 4, num_kv_heads=2, causal=True, **options).double()
     keys = torch.arange(7) < torch.tensor([[7], [4]])
-    call = layer_call(layer, torch.randn(2, 7, 16).double(), keys=keys, name="here")
+    call = layer_call(layer, torch.randn(2, 7, 16).double(), keys=keys)
     rows = attention_density([call])
-    assert [(row.layer, row.head) for row in rows] == [("here", head) for head in range(4)]
+    assert [(row.layer, row.head) for row in rows] == [("", head) for head in range(4)]
     counts = [min(i + 1, options.get("window", 7)) for length in (7, 4) for i in range(length)]
     for row in rows:
         each = [call.weights[b, row.head, i] for b, length in enumerate((7, 4)) for i in range(length)]

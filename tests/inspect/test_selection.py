@@ -142,10 +142,10 @@ def test_report_of_a_layer_by_loops(sink):
     torch.manual_seed(0)
     layer = SlidingWindowAttention(12, 2, window=5, causal=True).double()
     x, keys = 3 * drawn(2, 10, 12), torch.arange(10) < torch.tensor([[10], [8]])
-    call = layer_call(layer, x, keys=keys, name="here")
+    call = layer_call(layer, x, keys=keys)
     rows = selection_report([call], share=0.3, temperatures=(0.1, 1.0), sink=sink)
     size = round(0.3 * (10 - sink))
-    assert [(row.layer, row.head, row.keys) for row in rows] == [("here", 0, 10 - sink), ("here", 1, 10 - sink)]
+    assert [(row.layer, row.head, row.keys) for row in rows] == [("", 0, 10 - sink), ("", 1, 10 - sink)]
     for head, row in enumerate(rows):
         distance, share, entropy, worst = [], [], [], [0.0, 0.0]
         for b, count in ((0, 10), (1, 8)):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glocal.attention import attend
 from glocal.hf.attention import attention, refuse
 from glocal.hf.cache import STACK, PolicyCache, PolicyLayer
 from glocal.hf.install import Installed, attention_modules, crosses, layer_number
@@ -94,6 +95,7 @@ class Adapted:
         self.model, self.own_window, self.backend = model, own_window, backend
         self.where: dict[str, Pattern | Mechanism] = {}
         self.frames: dict[str, Attention] = {}
+        self.operator: Callable[[nn.Module], Callable[..., Any]] = _plain
         self._installed: Installed | None = None
         self._inputs: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
@@ -146,7 +148,8 @@ class Adapted:
         if layer is None and frame is None:
             assert not isinstance(chosen, Mechanism)
             keep, backend = (True, "auto") if handle is None else (handle.own_window, handle.backend)
-            return attention(module, query, key, value, mask, where=chosen, own_window=keep, backend=backend, **options)
+            settings: dict[str, Any] = {"where": chosen, "own_window": keep, "backend": backend, "operator": self.operator(module)}
+            return attention(module, query, key, value, mask, **settings, **options)
         states = None if handle is None else handle._inputs.pop(id(module), None)
         return (handle or self)._mix(
             module, query, key, value, mask, layer, frame, chosen, states, adapted=handle is not None, **options
@@ -318,6 +321,11 @@ def readapt(model: nn.Module, folder: str | Path) -> Adapted:
         handle.restore()
         raise
     return handle
+
+
+def _plain(module: nn.Module) -> Callable[..., Any]:
+    """What computes a module's attention, where nobody looks into it."""
+    return attend
 
 
 def _load_weights(handle: Adapted, path: Path) -> None:

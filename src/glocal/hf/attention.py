@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ def attention(
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
     softcap: float | None = None,
+    operator: Callable[..., Any] = attend,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """What a model's layer sees, intersected with a pattern.
@@ -59,6 +61,7 @@ def attention(
         is_causal: overrides the module's.
         position_bias: added to the scores.
         softcap: as in `attend`.
+        operator: what computes it, with the arguments of `attend`.
         **options: anything else that transformers passes on.
 
     Returns:
@@ -73,12 +76,12 @@ def attention(
         bias = position_bias if bias is None else bias + position_bias
     settings: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "backend": backend}
     if mine.bias is None and any(mine.padding) and not mine.offset and not _movable(where):
-        rows = _by_row(query, key, value, where, mine, bias, settings)
+        rows = _by_row(query, key, value, where, mine, bias, operator, settings)
         return rows.transpose(1, 2).contiguous(), None
     pattern, extra = _seen(where, mine, query, key)
     if extra is not None:
         bias = extra if bias is None else bias + extra
-    out = attend(query, key, value, pattern, bias=None if bias is None else bias.to(query.dtype), **settings)
+    out = operator(query, key, value, pattern, bias=None if bias is None else bias.to(query.dtype), **settings)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -98,7 +101,14 @@ def _movable(where: Pattern) -> bool:
 
 
 def _by_row(
-    query: Tensor, key: Tensor, value: Tensor, where: Pattern, mine: Own, bias: Tensor | None, settings: dict[str, Any]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    where: Pattern,
+    mine: Own,
+    bias: Tensor | None,
+    operator: Callable[..., Any],
+    settings: dict[str, Any],
 ) -> Tensor:
     """Each row without the padding before it, so that the pattern counts real tokens; ``(B, H, Nq, Dv)``."""
     out = query.new_zeros(*query.shape[:-1], value.shape[-1])
@@ -111,7 +121,7 @@ def _by_row(
         if mine.real is not None and not bool(mine.real[row, before:].all()):
             pattern = pattern & Keys(mine.real[row : row + 1, before:])
         part = None if bias is None else bias[row % bias.shape[0]][None, :, -q.shape[2] :, before:].to(q.dtype)
-        out[row] = torch.nn.functional.pad(attend(q, k, v, pattern, bias=part, **settings)[0], (0, 0, skip, 0))
+        out[row] = torch.nn.functional.pad(operator(q, k, v, pattern, bias=part, **settings)[0], (0, 0, skip, 0))
     return out
 
 

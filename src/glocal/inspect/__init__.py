@@ -3,10 +3,24 @@
 from glocal.inspect.calls import HeadCall, layer_call, record_heads
 from glocal.inspect.density import HeadDensity, attention_density
 from glocal.inspect.distance import Locality, layer_localities, locality
-from glocal.inspect.heads import head_reach, pwcca
+from glocal.inspect.heads import edit_heads, head_reach, pwcca
 from glocal.inspect.memory_beta import BetaFit, effective_beta, fit_beta, optimal_radius
+from glocal.inspect.metrics import (
+    METRICS,
+    Metric,
+    entropy,
+    future_influence,
+    local_mass,
+    mean_distance,
+    measure,
+    offset_mass,
+    pair_distance,
+    sink_mass,
+    token_rhythm,
+)
 from glocal.inspect.normalisers import dilution_bounds, normalise
 from glocal.inspect.overlaps import ball_overlaps, cap_overlap
+from glocal.inspect.places import Place, intercept
 from glocal.inspect.rank import (
     LowRankHeads,
     MapRank,
@@ -20,6 +34,7 @@ from glocal.inspect.rank import (
     random_projection_heads,
     weigh_heads,
 )
+from glocal.inspect.recording import LayerRecord, Record, Tile, record
 from glocal.inspect.selection import (
     HeadSelection,
     SelectionDistance,
@@ -35,17 +50,23 @@ from glocal.inspect.sparse_memory import Settled, SparseMemory, hamming, neuron_
 from glocal.inspect.uses import Verdict, layers, reach, uses, verify
 
 __all__ = [
+    "METRICS",
     "BetaFit",
     "HeadCall",
     "HeadDensity",
     "HeadSelection",
+    "LayerRecord",
     "Locality",
     "LowRankHeads",
     "MapRank",
+    "Metric",
+    "Place",
+    "Record",
     "SelectionDistance",
     "Sensitivity",
     "Settled",
     "SparseMemory",
+    "Tile",
     "Verdict",
     "WeightedHeads",
     "attention_density",
@@ -53,33 +74,45 @@ __all__ = [
     "cap_overlap",
     "critical_size",
     "dilution_bounds",
+    "edit_heads",
     "effective_beta",
+    "entropy",
     "equally_spaced_heads",
     "exact_heads",
     "finite_sensitivity",
     "fit_beta",
+    "future_influence",
     "gradient_sensitivity",
     "hamming",
     "head_overlaps",
     "head_reach",
     "head_targets",
+    "intercept",
     "layer_call",
     "layer_localities",
     "layers",
+    "local_mass",
     "locality",
     "map_rank",
+    "mean_distance",
+    "measure",
     "neuron_read",
     "normalise",
+    "offset_mass",
     "optimal_radius",
+    "pair_distance",
     "pwcca",
     "random_heads",
     "random_projection_heads",
     "reach",
+    "record",
     "record_heads",
     "selection_distance",
     "selection_report",
     "separability",
     "settle",
+    "sink_mass",
+    "token_rhythm",
     "uses",
     "verify",
     "weigh_heads",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.attention import attend
-from glocal.nn import Attention, Call
+from glocal.inspect.recording import LayerRecord, record
 from glocal.patterns import Full, Pattern
 from glocal.shapes import Float
 
@@ -167,44 +166,30 @@ def layer_localities(model: nn.Module, *inputs: Any, **options: Any) -> dict[str
         ValueError: a layer that adds to its scores, caps them or has padding; no layer over a map was called, or one
             twice.
 
-    >>> from glocal.nn import MLP, Block
+    >>> from glocal.nn import MLP, Attention, Block
     >>> layer_localities(Block(8, Attention(8, 2), MLP(8, 8)), torch.randn(1, 6, 6, 8)).keys()
     dict_keys(['attention'])
     """
     found: dict[str, Locality] = {}
-
-    def hook(name: str) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
-        def look(layer: Attention, given: tuple[Any, ...], more: dict[str, Any]) -> None:
-            x, context, *_ = *given, *(more[key] for key in ("x", "context") if key in more), None
-            if x.dim() == 4 and context is None:
-                if name in found:
-                    raise ValueError(f"layer {name!r} was called twice: call model once, with all there is in a batch")
-                found[name] = _of_layer(name, layer, x, more.get("keys"))
-
-        return look
-
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, Attention) and type(m).mix is Attention.mix]
-    hooks = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers]
-    try:
-        with torch.no_grad():
-            model(*inputs, **options)
-    finally:
-        for handle in hooks:
-            handle.remove()
+    for layer in record(model, inputs, **options) if inputs else record(model, options):
+        if len(layer.grid_q) == 2 and not layer.cross:
+            if layer.name in found:
+                raise ValueError(
+                    f"layer {layer.name!r} was called twice: call model once, with all there is in a batch"
+                )
+            found[layer.name] = _of_layer(layer)
     if not found:
         raise ValueError("model must call layers that attend over maps (B, H, W, dim); it called none")
     return found
 
 
-def _of_layer(name: str, layer: Attention, x: Tensor, keys: Tensor | None) -> Locality:
-    at = layer.positions(tuple(x.shape[1:3]), 0, x.device)
-    q, k, _ = layer.project(x, x, at, at)
-    call = Call(x, x, None, None, False, (at, at))
-    if layer.score(call) is not None or layer.softcap is not None or keys is not None:
+def _of_layer(layer: LayerRecord) -> Locality:
+    if layer.tensors.keys() & {"bias", "table"} or layer.softcap or layer.real is not None:
         raise ValueError(
-            f"layer {name!r} adds to its scores, caps them or has padding: give `locality` what it computes with"
+            f"layer {layer.name!r} adds to its scores, caps them or has padding: give `locality` what it computes with"
         )
-    return locality(q, k, scale=layer.scale, where=layer.where(q, k, call))
+    q, k = layer.q.unflatten(2, layer.grid_q), layer.k.unflatten(2, layer.grid_k)
+    return locality(q, k, scale=layer.scale, where=layer.where)
 
 
 def _grid(weights: Tensor) -> tuple[int, int]:

@@ -1,15 +1,60 @@
-"""How heads look, and how alike their outputs are."""
+"""How heads look, how alike their outputs are, and what the model does when these are changed."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from glocal.attention import attend
 from glocal.inspect.calls import layer_call
+from glocal.inspect.places import Operator, Place, intercept
 from glocal.nn import Attention
 from glocal.shapes import Float
 
-__all__ = ["head_reach", "pwcca"]
+__all__ = ["edit_heads", "head_reach", "pwcca"]
+
+
+@contextmanager
+def edit_heads(model: nn.Module, edit: Callable[[int, Tensor], Tensor]) -> Iterator[list[Place]]:
+    """Change what heads give, before they are joined and projected, until the block ends.
+
+    Gates, ablation and patching of heads are such edits; so is keeping them, with their gradients.
+
+    Args:
+        model: as for `intercept`.
+        edit: is given a layer's number and its heads' outputs ``(B, H, Nq, D)``, grids flattened; gives what goes on
+            instead.
+
+    Yields:
+        The layers, in the order of their numbers.
+
+    Raises:
+        TypeError, ValueError: as `intercept`.
+
+    >>> layer = Attention(8, 2)
+    >>> with edit_heads(layer, lambda number, heads: 0 * heads):
+    ...     layer(torch.randn(1, 5, 8)).abs().sum().item()
+    0.0
+    """
+    numbers: dict[str, int] = {}
+
+    def make(place: Place) -> Operator:
+        number = numbers.setdefault(place.name, len(numbers))
+
+        def compute(*given: Any, **options: Any) -> Any:
+            found = attend(*given, **options)
+            out = found[0] if isinstance(found, tuple) else found
+            out = edit(number, out.flatten(2, -2)).view_as(out)
+            return (out, *found[1:]) if isinstance(found, tuple) else out
+
+        return compute
+
+    with intercept(model, make) as places:
+        yield places
 
 
 @torch.no_grad()

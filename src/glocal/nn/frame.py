@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -78,6 +79,8 @@ class Attention(nn.Module):
     """Why it has not the others."""
     tiny: ClassVar[dict[str, Any]] = {}
     """Settings that show the mechanism on a dozen tokens."""
+    operator: Callable[..., Any] = staticmethod(attend)
+    """What computes attention, with the arguments of `glocal.attend`; who looks into a layer puts another here."""
 
     def __init__(
         self,
@@ -193,7 +196,7 @@ class Attention(nn.Module):
             "dropout_p": self.dropout if self.training else 0.0,
             "backend": self.backend,
         }
-        return attend(q, k, v, where if call.real is None else where & Keys(call.real), **(settings | more))
+        return self.operator(q, k, v, where if call.real is None else where & Keys(call.real), **(settings | more))
 
     def attend_kept(self, q: Tensor, call: Call, **more: Any) -> Tensor:
         """One query, ``(B, H, 1, D)``, over everything that the cache keeps."""

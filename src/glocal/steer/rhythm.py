@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,16 @@ from glocal.steer.method import Method, check_range
 from glocal.steer.spans import prompt_of
 from glocal.steer.steering import language_layers
 
-__all__ = ["Rhythm", "alternatives", "jaccard", "middle_layers", "read_rhythm", "receiver_heads", "rhythm"]
+__all__ = [
+    "Rhythm",
+    "alternatives",
+    "jaccard",
+    "middle_layers",
+    "read_rhythm",
+    "receiver_heads",
+    "rhythm",
+    "rhythm_of_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -144,17 +153,44 @@ def rhythm(
     >>> found.waad[0, :4]
     tensor([0.0000, 0.5000, 1.0000, 1.5000])
     """
-    _check(response, window, horizon, share, sinks)
-    parts = []
+    settings: dict[str, Any] = {"window": window, "horizon": horizon, "share": share, "sinks": sinks, "real": real, "layers": layers}
+    return rhythm_of_rows(_whole(maps, response), response, **settings)
+
+
+def _whole(maps: Iterable[Tensor], response: Tensor) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    shape = (len(response), response.shape[-1], response.shape[-1])
     for one in maps:
-        shape = (len(response), response.shape[1], response.shape[1])
         if one.dim() != 4 or (one.shape[0], *one.shape[2:]) != shape:
             raise ValueError(
                 f"each of maps must be (B, H, N, N), here {shape[0]}, H, {shape[1]}, {shape[2]}; one was "
                 f"{tuple(one.shape)}"
             )
-        part = _Sums(response.to(one.device), window, horizon, sinks, real)
-        part.add(one, torch.arange(one.shape[2], device=one.device), 0)
+        yield [(torch.arange(one.shape[2], device=one.device), one)]
+
+
+def rhythm_of_rows(
+    maps: Iterable[Iterable[tuple[Tensor, Tensor]]],
+    response: Tensor,
+    *,
+    window: int = 10,
+    horizon: tuple[int, int] = (10, 50),
+    share: float = 0.3,
+    sinks: int = 0,
+    real: Tensor | None = None,
+    layers: Sequence[int] | None = None,
+) -> Rhythm:
+    """Signals from attention maps of which some rows are at hand at a time; else as `rhythm`.
+
+    Args:
+        maps: for each layer, pairs of rows' places ``(R,)`` and their weights ``(B, H, R, N)``, all rows in all.
+        response, window, horizon, share, sinks, real, layers: as in `rhythm`.
+    """
+    _check(response, window, horizon, share, sinks)
+    parts = []
+    for layer in maps:
+        part = _Sums(response, window, horizon, sinks, real)
+        for rows, weights in layer:
+            part.add(weights, rows, 0)
         parts.append(part)
     if not parts:
         raise ValueError("maps must hold at least one layer's; there was none")
