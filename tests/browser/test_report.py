@@ -4,12 +4,15 @@ import dataclasses
 import json
 import re
 import shutil
+import time
 
 import pytest
 from typer.testing import CliRunner
 
 from glocal.bench import causal_table
 from glocal.bench.causal_report import render as render_causal
+from glocal.bench.inspection import Settings, inspect_model
+from glocal.bench.inspection_report import render as render_inspection
 from glocal.bench.report import render
 from glocal.cli.app import app
 from tests.bench.test_bench import result
@@ -54,7 +57,8 @@ def visit(browser, path):
     browser.get(path.as_uri())
     events = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
     asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    return [url for url in asked if not url.startswith("data:")], browser.get_log("browser")
+    # What the browser asks for its own start page may come late, and is no file of ours.
+    return [url for url in asked if not url.startswith(("data:", "chrome:"))], browser.get_log("browser")
 
 
 def cells(browser, table):
@@ -109,6 +113,9 @@ def fits(browser):
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        end = time.monotonic() + 5  # Plotly draws again a moment later
+        while not browser.execute_script(inside) and time.monotonic() < end:
+            time.sleep(0.1)
         assert browser.execute_script(inside), f"text outside its chart at {width} pixels"
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -137,3 +144,97 @@ def test_text_stays_text(browser, tmp_path, page, of, field):
     assert asked == [path.as_uri()] and complaints == []
     assert browser.execute_script("return document.scripts.length") == 0
     assert browser.title != "evil" and EVIL in browser.execute_script("return document.body.innerText")
+
+
+@pytest.fixture(scope="module")
+def inspected():
+    return inspect_model(Settings("bytes", f"x = 1\n{EVIL}", tokens=60))
+
+
+def grid_cell(browser, layer, head):
+    return browser.find_element("css selector", f"#grid button[data-at='{layer - 1},{head - 1}']")
+
+
+def drawn(browser):
+    """Name and weights of the map that is drawn, and the colors of the tokens."""
+    script = "return [document.getElementById('which').innerText, document.getElementById('map').data[0].z,"
+    script += " [...document.querySelectorAll('#strip button')].map(b => b.title)]"
+    return browser.execute_script(script)
+
+
+def test_inspection(browser, tmp_path, inspected):
+    """A head is clicked, or reached with the arrow keys, and its map is drawn: the one that the model computed."""
+    path = tmp_path / "inspect.html"
+    path.write_text(render_inspection(inspected), encoding="utf-8")
+    asked, complaints = visit(browser, path)
+    assert asked == [path.as_uri()] and complaints == []
+    before = drawn(browser)
+    grid_cell(browser, 3, 2).click()
+    name, weights, titles = drawn(browser)
+    assert name == "Layer 3, head 2" != before[0] and weights != before[1]
+    assert weights == [pytest.approx(row, abs=0.004) for row in inspected.maps[2][1].tolist()]
+    assert titles[0].startswith("x: ") and len(titles) == 60
+    grid_cell(browser, 3, 2).send_keys(webdriver_keys().ARROW_RIGHT)
+    name, other, _ = drawn(browser)
+    assert name == "Layer 3, head 3" and other != weights
+    focus = "return document.activeElement.getAttribute('aria-label')"
+    assert browser.execute_script(focus).startswith("layer 3, head 3: cost of pruning")
+    browser.switch_to.active_element.send_keys(webdriver_keys().ARROW_UP)
+    assert drawn(browser)[0] == "Layer 2, head 3"
+    # Another query, and the other way round.
+    row = inspected.maps[1][2]
+    browser.find_element("css selector", "#strip button[data-n='5']").click()
+    shares = lambda: [float(t.rsplit(": ", 1)[1].split(" ")[0]) / 100 for t in drawn(browser)[2]]  # noqa: E731
+    assert shares() == pytest.approx(row[5].tolist(), abs=0.004)
+    browser.find_element("css selector", "input[value=in]").click()
+    assert shares() == pytest.approx(row[:, 5].tolist(), abs=0.004)
+    # Another metric colors the heads.
+    colors = "return [...document.querySelectorAll('#grid button')].map(b => b.style.background)"
+    cost = browser.execute_script(colors)
+    browser.execute_script(
+        "const m = document.getElementById('metric'); m.value = 'entropy'; m.dispatchEvent(new Event('change'))"
+    )
+    assert browser.execute_script(colors) != cost
+    layer, head = divmod(int(inspected.metrics["entropy"].argmin()), 8)
+    pale = "return [...document.querySelectorAll('#grid button')].find(b => b.style.background == 'var(--paper)').title"
+    assert browser.execute_script(pale).startswith(f"layer {layer + 1}, head {head + 1}: ")
+    fits(browser)
+
+
+def webdriver_keys():
+    from selenium.webdriver.common.keys import Keys
+
+    return Keys
+
+
+def test_inspected_text_stays_text(browser, tmp_path, inspected):
+    path = tmp_path / "evil.html"
+    subject = dataclasses.replace(
+        inspected.subject, name=EVIL, source=EVIL, labels=[EVIL, "</script>", *inspected.subject.labels[2:]]
+    )
+    path.write_text(render_inspection(dataclasses.replace(inspected, subject=subject)), encoding="utf-8")
+    asked, complaints = visit(browser, path)
+    assert asked == [path.as_uri()] and complaints == []
+    assert browser.title != "evil" and not browser.execute_script("return document.images.length")
+    words = browser.execute_script("return [...document.querySelectorAll('#strip button')].map(b => b.textContent)")
+    assert words[:2] == [EVIL, "</script>"]
+    assert EVIL in browser.execute_script("return document.body.innerText")
+
+
+def test_inspection_of_a_picture(browser, tmp_path):
+    path = tmp_path / "picture.html"
+    found = inspect_model(Settings("scenes", pruning=False))
+    path.write_text(render_inspection(found), encoding="utf-8")
+    asked, complaints = visit(browser, path)
+    assert asked == [path.as_uri()] and complaints == []
+    patches = "return [...document.querySelectorAll('#strip .patches button')].map(b => b.style.background)"
+    before = browser.execute_script(patches)
+    assert len(before) == 64
+    browser.find_element("css selector", "#strip .patches button[data-n='20']").click()
+    after = browser.execute_script(patches)
+    assert after != before
+    # The brightest patch, which hides least of the picture, is the one that the query looks at most.
+    dark = [float(color.rsplit(",", 1)[1].strip(" )")) if "rgba" in color else 1.0 for color in after]
+    assert dark.index(min(dark)) == int(found.maps[0][0][20, 1:].argmax()) or min(dark) == 0
+    assert browser.execute_script("return document.getElementById('pruning').hidden")
+    fits(browser)

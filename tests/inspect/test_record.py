@@ -218,7 +218,7 @@ def test_cut_short_or_damaged(tmp_path):
     stops = Stops()
     with pytest.raises(RuntimeError, match="interrupted"):
         record(stops, torch.randn(1, 5, 8), folder=tmp_path / "b")
-    with pytest.raises(ValueError, match="was cut short: record.json"):
+    with pytest.raises(ValueError, match=r"was cut short: record.json"):
         Record.load(tmp_path / "b")
     assert not any(m._forward_pre_hooks or "operator" in vars(m) for m in stops.modules())
     (tmp_path / "c").mkdir()
@@ -230,7 +230,7 @@ def test_cut_short_or_damaged(tmp_path):
 
 def test_bad_input():
     model, batch = bert(), tokens()
-    with pytest.raises(ValueError, match="keep must be of attention, .*; it had 'maps'"):
+    with pytest.raises(ValueError, match=r"keep must be of attention, .*; it had 'maps'"):
         record(model, batch, keep=["maps"])
     with pytest.raises(ValueError, match=r"reads token ids, integers"):
         record(model, torch.randn(1, 3, 16, 16))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check", "kind", "loaded"]
+__all__ = ["check", "kind", "loaded", "loaded_image"]
 
 SUPPORTED = "supported are causal language models (...ForCausalLM) and text encoders (BERT, RoBERTa and their like)"
 
@@ -70,14 +70,31 @@ def loaded(folder: Path, load: Callable[[Path], Any]) -> tuple[Any, Any]:
         ValueError: transformers cannot load it.
     """
     from transformers import AutoTokenizer
+
+    return _quietly(folder, load, AutoTokenizer)
+
+
+def loaded_image(folder: Path) -> tuple[Any, Any]:
+    """An image model without its head, and its image processor; else as `loaded`.
+
+    Raises:
+        ValueError: transformers cannot load them.
+    """
+    from transformers import AutoImageProcessor, AutoModel
+
+    settings: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    return _quietly(folder, lambda path: AutoModel.from_pretrained(path, **settings), AutoImageProcessor)
+
+
+def _quietly(folder: Path, load: Callable[[Path], Any], processor: Any) -> tuple[Any, Any]:
     from transformers.utils import logging as hf_logging
 
     logging: Any = hf_logging
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return load(folder).eval(), tokenizer
+        reads = processor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return load(folder).eval(), reads
     except Exception as error:  # transformers raises whatever its parts raise
         raise ValueError(f"model {str(folder)!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     finally:

@@ -45,6 +45,7 @@ def page(template: str, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("glocal.bench", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     return environment.get_template(template).render(colors=pictures.COLORS, **values)
 
 

@@ -153,8 +153,8 @@ def rhythm(
     >>> found.waad[0, :4]
     tensor([0.0000, 0.5000, 1.0000, 1.5000])
     """
-    settings: dict[str, Any] = {"window": window, "horizon": horizon, "share": share, "sinks": sinks, "real": real, "layers": layers}
-    return rhythm_of_rows(_whole(maps, response), response, **settings)
+    settings: dict[str, Any] = {"window": window, "horizon": horizon, "share": share, "sinks": sinks}
+    return rhythm_of_rows(_whole(maps, response), response, real=real, layers=layers, **settings)
 
 
 def _whole(maps: Iterable[Tensor], response: Tensor) -> Iterator[list[tuple[Tensor, Tensor]]]:
