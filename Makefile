@@ -83,7 +83,7 @@ peers: $(VENV)/bin/python
 	  || echo "timm, flash-linear-attention and kvpress cannot be installed here; tests that compare with them will be skipped"
 	$(PIP) install -q --upgrade --no-deps -c constraints.txt --target $(VENV)/peers agent-attention-pytorch \
 	  linear-attention-transformer axial-positional-embedding linformer taylor-series-linear-attention rotary-embedding-torch \
-	  gaussian-adaptive-attention \
+	  gaussian-adaptive-attention multimatch-gaze torch_geometric \
 	  || echo "the ports of single papers cannot be installed here; tests that compare with them will be skipped"
 
 $(VENV)/cache-peers/done: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/glocal/kernels/native/*.[ch]*)

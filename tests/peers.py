@@ -7,6 +7,7 @@ another folder. Where a peer is not there, or cannot be loaded, its tests are sk
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from types import ModuleType
 import pytest
 import torch
 
-__all__ = ["load_fla", "load_kvpress", "load_port", "load_timm"]
+__all__ = ["geometric", "load_fla", "load_kvpress", "load_port", "load_timm"]
 
 FOLDER = Path(os.environ.get("GLOCAL_PEERS", Path(sys.prefix) / "peers"))
 
@@ -29,8 +30,17 @@ _PORTS = (
     "taylor-series-linear-attention",
     "rotary-embedding-torch",
     "gaussian-adaptive-attention",
+    "multimatch-gaze",
 )
-_TOPS = ("fla", "kvpress", "timm", "torchvision", "product_key_memory", *(name.replace("-", "_") for name in _PORTS))
+_TOPS = (
+    "fla",
+    "kvpress",
+    "timm",
+    "torchvision",
+    "product_key_memory",
+    "torch_geometric",
+    *(name.replace("-", "_") for name in _PORTS),
+)
 _HELD: dict[str, ModuleType] = {}  # what was imported from there so far; out of sys.modules between loads
 _LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
 
@@ -60,6 +70,22 @@ def load_kvpress(name: str) -> ModuleType:
     with _peers("kvpress"):
         _bare("kvpress", "kvpress.presses")
         return importlib.import_module(f"kvpress.{name}")
+
+
+@contextmanager
+def geometric(name: str) -> Iterator[ModuleType]:
+    """The module ``torch_geometric.<name>``, for as long as it is used: it imports more when its layers are made.
+
+    What it asks for to download data sets stays away.
+    """
+    with _peers("torch_geometric"):
+        absent = {part: ModuleType(part) for part in ("requests", "xxhash") if not importlib.util.find_spec(part)}
+        sys.modules.update(absent)
+        try:
+            yield importlib.import_module(f"torch_geometric.{name}")
+        finally:
+            for part in absent:
+                del sys.modules[part]
 
 
 def load_port(name: str) -> ModuleType:

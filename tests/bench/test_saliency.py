@@ -1,4 +1,6 @@
-"""S115: metrics of saliency against closed forms, scipy and scikit-learn, and on maps that have nothing to say."""
+"""S049, S115: metrics of saliency against closed forms, scipy and scikit-learn, and on maps that say nothing."""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -8,9 +10,12 @@ from sklearn.metrics import roc_auc_score
 
 from glocal.bench.saliency import (
     auc_judd,
+    auc_shuffled,
     correlation,
     divergence,
+    information_gain,
     normalised_scanpath,
+    roc_area,
     saliency_loss,
     similarity,
 )
@@ -50,6 +55,95 @@ def test_the_area_by_hand_and_against_scikit_learn():
     assert auc_judd(large, seen) == pytest.approx(roc_auc_score(seen.flatten(), large.flatten()), abs=1e-3)
 
 
+def test_exact_areas_are_scikit_learn_s_with_ties_too():
+    draw = torch.Generator().manual_seed(3)
+    for positives, negatives in ((7, 50), (40, 3), (1, 1)):
+        a, b = (torch.randint(6, (n,), generator=draw).double() for n in (positives, negatives))
+        labels = [1] * positives + [0] * negatives
+        assert roc_area(a, b) == pytest.approx(roc_auc_score(labels, torch.cat([a, b])))
+
+
+def test_judd_s_area_is_the_exact_one_and_a_gift_for_few_fixations():
+    """Without ties: that of Mann and Whitney, and half a fixation's share of the last false alarms."""
+    for seed in range(5):
+        p = torch.rand(8, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+        seen = torch.rand(8, 9, generator=torch.Generator().manual_seed(seed + 9)) < 0.1 + 0.2 * p
+        last = float((p[~seen] >= p[seen].min()).double().mean())
+        exact = roc_auc_score(seen.flatten(), p.flatten())
+        assert auc_judd(p, seen) == pytest.approx(exact + last / (2 * int(seen.sum())))
+
+
+def by_hand_judd(found, seen):
+    """The points one after the other, ties at a threshold together."""
+    points, fixed = [(0.0, 0.0)], sorted(found[seen], reverse=True)
+    for t in fixed:
+        above = sum(1 for value in found.flatten() if value >= t)
+        hits = sum(1 for value in fixed if value >= t)
+        points.append(((above - hits) / (found.size - len(fixed)), hits / len(fixed)))
+    points.append((1.0, 1.0))
+    return sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in itertools.pairwise(points))
+
+
+def test_judd_s_area_with_ties():
+    draw = torch.Generator().manual_seed(4)
+    for _ in range(5):
+        p, seen = torch.randint(4, (6, 7), generator=draw).double(), torch.rand(6, 7, generator=draw) < 0.3
+        assert auc_judd(p, seen) == pytest.approx(by_hand_judd(p.numpy(), seen.numpy()))
+    assert auc_judd(torch.ones(6, 7), seen) == 0.5
+
+
+def test_areas_see_only_the_order(maps):
+    found, _, at = maps
+    others = torch.randint(3, (2, 8, 9), generator=torch.Generator().manual_seed(5))
+    for n in range(3):
+        bent = (4 * found[n]).exp() - 7
+        assert auc_judd(bent, at[n]) == auc_judd(found[n], at[n])
+        exact = [auc_shuffled(x, at[n], others, splits=None) for x in (found[n], bent)]
+        assert exact[0] == exact[1]
+
+
+def test_the_shuffled_area_counts_each_fixation_elsewhere(maps):
+    found, _, at = maps
+    others = torch.randint(3, (2, 8, 9), generator=torch.Generator().manual_seed(5))
+    count = others.sum(0).flatten()
+    negatives = np.repeat(found[0].flatten().numpy(), count.numpy())
+    positives = found[0][at[0]].numpy()
+    labels = [1] * len(positives) + [0] * len(negatives)
+    exact = roc_auc_score(labels, np.concatenate([positives, negatives]))
+    assert auc_shuffled(found[0], at[0], others, splits=None) == pytest.approx(exact)
+    # Draws with fine thresholds come to the same on average; coarse thresholds are near it.
+    assert auc_shuffled(found[0], at[0], others, splits=2000, step=1e-4) == pytest.approx(exact, abs=0.02)
+    assert auc_shuffled(found[0], at[0], others) == pytest.approx(exact, abs=0.06)
+    assert auc_shuffled(torch.ones(8, 9), at[0], others) == 0.5
+
+
+def test_the_shuffled_area_at_given_thresholds_by_hand():
+    """One fixation and one elsewhere: no chance in the draw. Values 1 and 0.34 of a map from 0 to 1."""
+    found, seen, other = torch.tensor([[1.0, 0.34, 0.0]]), torch.tensor([[0, 1, 0]]), torch.tensor([[1, 0, 0]])
+    assert auc_shuffled(found, seen, other) == pytest.approx(0.0)
+    assert auc_shuffled(found, other, seen) == pytest.approx(1.0)
+    assert auc_shuffled(found, seen, other, step=2.0) == pytest.approx(0.5)  # the one threshold is 0
+
+
+def test_information_gain_is_a_difference_of_log_likelihoods(maps):
+    found, wanted, at = maps
+    for n in range(3):
+        p, b = (t[n].numpy() / t[n].numpy().sum() for t in (found, wanted))
+        bits = [np.log2(p[y, x]) - np.log2(b[y, x]) for y, x in at[n].nonzero().tolist()]
+        assert float(information_gain(found, wanted, at)[n]) == pytest.approx(np.mean(bits))
+    assert float(information_gain(found, found, at).abs().max()) == 0
+
+
+def test_a_map_of_another_size_is_resized_first(maps):
+    _, wanted, at = maps
+    small = torch.rand(3, 4, 3, generator=torch.Generator().manual_seed(6), dtype=torch.double)
+    large = torch.nn.functional.interpolate(small[:, None], (8, 9), mode="bilinear")[:, 0]
+    for metric in (divergence, correlation, similarity):
+        assert torch.equal(metric(small, wanted), metric(large, wanted))
+    assert torch.equal(normalised_scanpath(small, at), normalised_scanpath(large, at))
+    assert auc_judd(small[0], at[0]) == auc_judd(large[0], at[0])
+
+
 def test_maps_that_say_nothing_give_numbers(maps):
     _, wanted, at = maps
     for flat in (torch.zeros_like(wanted), torch.ones_like(wanted)):
@@ -76,7 +170,17 @@ def test_the_loss_is_its_parts_and_falls_when_it_is_followed(maps):
 
 
 def test_bad_input(maps):
-    with pytest.raises(ValueError, match="of one shape"):
-        divergence(maps[0], maps[1][:, :4])
+    with pytest.raises(ValueError, match="same leading axes"):
+        divergence(maps[0], maps[1][:2])
+    with pytest.raises(ValueError, match="must not be below 0"):
+        divergence(-maps[0], maps[1])
+    with pytest.raises(ValueError, match="must not be empty; they had 0 and 3"):
+        roc_area(torch.zeros(0), torch.zeros(3))
+    with pytest.raises(ValueError, match="must not be empty"):
+        auc_shuffled(maps[0][0], maps[2][0], torch.zeros(8, 9))
+    with pytest.raises(ValueError, match="splits and step"):
+        auc_shuffled(maps[0][0], maps[2][0], torch.ones(8, 9), step=0)
+    with pytest.raises(ValueError, match="others must be"):
+        auc_shuffled(maps[0][0], maps[2][0], torch.ones(4, 9))
     with pytest.raises(ValueError, match="at 0 of 72"):
         auc_judd(maps[0][0], torch.zeros(8, 9))
