@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from glocal.cli.bench import bench
 from glocal.cli.compare import compare
 from glocal.cli.inspect import inspect
 from glocal.cli.models import models
@@ -20,5 +21,6 @@ app.command("show")(show)
 app.command("compare")(compare)
 app.command("inspect")(inspect)
 app.command("steer")(steer)
+app.command("bench")(bench)
 app.command("papers")(papers)
 app.command("models")(models)

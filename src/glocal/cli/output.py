@@ -18,14 +18,14 @@ from glocal.bench.table import Table
 
 __all__ = ["print_table", "progress", "writable", "write"]
 
-_TEXT = ("pattern", "attention", "computed by", "method", "negatives", "why")
+_TEXT = ("pattern", "mechanism", "uses", "attention", "computed by", "method", "negatives", "why")
 
 
 def print_table(console: Console, table: Table) -> None:
     """A table on a terminal."""
     shown = RichTable(title=escape(table.title), title_justify="left")
     for name in table.header:
-        long = name in ("pattern", "attention")
+        long = name in ("pattern", "mechanism", "attention")
         side: Literal["left", "right"] = "left" if name in _TEXT else "right"
         shown.add_column(escape(name), justify=side, no_wrap=not long, overflow="fold")
     for n, row in enumerate(table.rows):
