@@ -173,6 +173,15 @@ def test_the_detector_teaches_the_generator_nothing():
     assert torch.autograd.grad(found.loss, detector.logit)[0] != 0
 
 
+def test_as_many_are_chosen_where_few_may_be():
+    torch.manual_seed(0)
+    tokens, generator = torch.randint(VOCAB - 1, (40, 20)), Generator()
+    for free, count in ((5, 3), (2, 2)):  # 15 % of 20, and no more than there are
+        maskable = (torch.arange(20) < free).expand(40, -1)
+        replaced_token_loss(generator, Detector(), tokens, MASK, maskable=maskable)
+        assert bool((generator.at.sum(1) == count).all()) and not (generator.at & ~maskable).any()
+
+
 def test_only_what_may_be_chosen_is():
     torch.manual_seed(0)
     tokens, keys = torch.randint(250, (5, 20)), torch.arange(20) < torch.tensor([20, 15, 9, 4, 2])[:, None]
@@ -215,6 +224,8 @@ def test_errors_name_the_argument():
         replaced_token_loss(Generator(), Detector(), tokens, MASK, maskable=~keys)
     with pytest.raises(ValueError, match="N at most max_length 128"):
         create("convbert_tiny")(torch.zeros(1, 129, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"types must be \(2, 8\), as tokens; it was \(8,\)"):
+        create("convbert_tiny")(tokens, types=tokens[0])
     with pytest.raises(ValueError, match="groups must divide"):
         ConvBERT(10, 32, depth=1, num_heads=4, groups=3)
     with pytest.raises(ValueError, match="must be a ConvBERT of transformers; it was Linear"):

@@ -142,6 +142,20 @@ def test_the_score_of_a_search_is_that_of_its_frames(form, weight):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_beams_wider_than_what_is_left_of_the_source(form):
+    """Of 3 frames and of 1, for 3 tokens: frames stay inside, impossible hypotheses spoil nothing."""
+    memory, tokens, targets = inputs()
+    model, memory, real = make(form), memory[:, :3], torch.tensor([[True, True, True], [True, False, False]])
+    found = model.align(memory, tokens, targets, real, beam=50)
+    assert found.score.isfinite().all() and not found.frames[1].any() and (found.frames[0] < 3).all()
+    labels, chances = model.forced(memory, tokens, found.frames, real)
+    said = labels.gather(2, targets[..., None])[..., 0] + chances
+    assert torch.allclose(found.score.double(), said.mean(1), atol=1e-5)
+    spoken = model.recognise(memory, real, start=0, stop=1, longest=4, beam=50, positions=50)
+    assert spoken.score.isfinite().all() and not spoken.frames[1].any() and (spoken.frames[0].diff() >= 0).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_recognition_by_all_hypotheses(form):
     memory, _, _ = inputs()
     memory, stop, longest = memory[:, :3], 1, 2

@@ -98,6 +98,25 @@ def test_padding_on_the_left_is_as_if_it_were_not_there():
     assert torch.allclose(found[1:], layer(x()[1:]), atol=1e-12)
 
 
+def test_dropout_is_of_what_the_adapter_sees():
+    layer = make(dropout=0.5).train()
+    torch.manual_seed(3)
+    found = layer(x())
+    torch.manual_seed(3)
+    dropped = nn.functional.dropout(x(), 0.5)
+    assert torch.allclose(found, layer.base(x()) + make()(dropped) - layer.base(dropped), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves(dtype):
+    layer = make()
+    wanted = layer(x())
+    found = layer.to(dtype)(x().to(dtype))
+    assert found.dtype == dtype and (found.double() - wanted).abs().max() < 0.05 * wanted.abs().max()
+    half = AttentionLoRA(nn.Linear(12, 10, dtype=dtype))
+    assert {p.dtype for p in half.parameters()} == {dtype}
+
+
 def test_derivatives_by_finite_differences():
     layer = make(d_in=5, d_out=4, rank=4)
     names = [name for name, p in layer.named_parameters() if p.requires_grad]
@@ -158,10 +177,22 @@ def test_bad_input():
         make(where="output", num_heads=4)
     with pytest.raises(ValueError, match=r"x must be \(B, N, 12\): the adapter attends"):
         make()(x()[0])
-    with pytest.raises(TypeError, match="cannot be merged"):
-        make().merge()
+    with pytest.raises(ValueError, match=r"x must be \(B, N, 12\): the adapter attends"):
+        make()(x(d=11))
+    for change in (make().merge, make().unmerge):
+        with pytest.raises(TypeError, match="cannot be merged"):
+            change()
     with pytest.raises(ValueError, match="it has no w_proj"):
         add_adapters(nn.Sequential(nn.Linear(3, 3)), ["w_proj"])
+    model = nn.ModuleDict({"q_proj": nn.Linear(12, 8), "o_proj": nn.Linear(8, 7)})
+    with pytest.raises(ValueError, match="out_features 7 a multiple of num_heads 4"):
+        add_adapters(model, ["q_proj", "o_proj"], where="output")
+    assert {type(m) for m in model.values()} == {nn.Linear}
+    add_adapters(model, ["q_proj"])
+    with pytest.raises(ValueError, match="model has adapters already"):  # q_proj of an adapter is a linear map, too
+        add_adapters(model, ["q_proj"])
+    with pytest.raises(ValueError, match="must contain layers of kind AttentionLoRA"):
+        remove_adapters(nn.Sequential(nn.Linear(3, 3)))
     with pytest.raises(ValueError, match="model has no adapters"), streaming(nn.Linear(3, 3)):
         pass
     layer = make()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from glocal.models.language.transformer import Transformer
-from glocal.nn import Attention, LatentAttention, LatentSparseAttention, Rope, asa_layers
+from glocal.nn import Attention, KnockingHeadsAttention, LatentAttention, LatentSparseAttention, Rope, asa_layers
 from tests import oracle
 from tests.nn.layers import project, steps
 from tests.nn.test_nsa import SIZES, gated, reference
@@ -133,6 +133,16 @@ def test_images_and_cross_attention():
 def test_refuses(options, match):
     with pytest.raises(ValueError, match=match):
         make(**options)
+
+
+def test_refuses_what_needs_keys_by_head():
+    """`project` makes latents, through which `share` does not go: it would do nothing, unsaid."""
+
+    class Both(LatentAttention, KnockingHeadsAttention):
+        pass
+
+    with pytest.raises(ValueError, match="Both combines latents with a mechanism that acts on keys and values"):
+        make(Both, form="linear")
 
 
 def test_a_local_layer_is_a_window_over_latents_in_a_ring():

@@ -238,6 +238,16 @@ def test_a_padded_sequence_gives_what_it_gives_alone(causal):
     torch.testing.assert_close(layer(x.masked_fill(~keys[..., None], torch.nan), keys=keys)[keys], out[keys])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(causal):
+    layer, x = make(causal=causal, tile_size=5, **BARE), tokens().requires_grad_()
+    keys = torch.arange(LENGTH) >= torch.tensor([[0], [LENGTH]])
+    out = layer(x, keys=keys)
+    (grad,) = torch.autograd.grad(out.square().sum(), x)
+    assert not out[1].any() and not grad[1].any()
+    assert out[0].all(-1).all() and grad.isfinite().all() and grad[0].any()
+
+
 @pytest.mark.parametrize("tile_size", [None, 2])
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients(tile_size, causal):

@@ -222,6 +222,12 @@ def test_a_grouped_linear_layer_is_linear_layers_side_by_side(groups):
     torch.testing.assert_close(layer(x), torch.cat(blocks, -1) + layer.bias)
 
 
+def test_options_that_say_none_are_left_out():
+    layer = make(head_dim=None, lepe=None)
+    assert layer.state_dict().keys() == make().state_dict().keys()
+    assert torch.equal(layer(tokens()), make()(tokens()))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

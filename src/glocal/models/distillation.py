@@ -12,42 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from glocal.nn import Attention
+from glocal.nn.convert import replace_layers
 
 __all__ = ["DistilLoss", "Distillation", "replace_layers"]
-
-
-def replace_layers(
-    model: nn.Module,
-    make: Callable[[str, Any], nn.Module | None],
-    kind: type[nn.Module] | tuple[type[nn.Module], ...] = Attention,
-) -> list[str]:
-    """Exchange layers of a model, in place.
-
-    Args:
-        model: holds the layers.
-        make: given a layer's name and the layer, what comes in its place; None keeps it, as cross-attention is kept.
-        kind: of the layers.
-
-    Returns:
-        The names of those that were exchanged.
-
-    Raises:
-        ValueError: the model has no layer of that kind, or is one itself.
-
-    >>> from glocal.nn import MLP, Block, DeltaConv
-    >>> block = Block(8, Attention(8, 2), MLP(8, 8))
-    >>> replace_layers(block, lambda name, layer: DeltaConv(layer.dim, 3)), type(block.attention).__name__
-    (['attention'], 'DeltaConv')
-    """
-    there = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kind)]
-    if not there or there[0][1] is model:
-        wanted = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
-        raise ValueError(f"model must contain layers of kind {wanted}; it was a {type(model).__name__} without")
-    made = {name: new for name, layer in there if (new := make(name, layer)) is not None}
-    for name, new in made.items():
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, new)
-    return list(made)
 
 
 class DistilLoss(NamedTuple):

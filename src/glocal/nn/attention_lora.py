@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.attention import attend
+from glocal.nn.convert import replace_layers
 from glocal.patterns import Causal, Full, Keys, Pattern
 from glocal.shapes import Bool, Float
 
@@ -27,8 +28,9 @@ class AttentionLoRA(nn.Module):
     """A frozen linear map plus an adapter of rank r whose inner r numbers attend to those of the tokens before.
 
     ``y = W0 x + alpha / r B (z + attention(z))`` with ``z = A x``. B starts at zero, so that the start is the frozen
-    map, and so do the values' weights, so that without them it is LoRA. It cannot be merged into the map. After the
-    abstract of "More Than Catastrophic Forgetting", 2024, arXiv 2405.17830; the form is ours.
+    map, and so do the values' weights, so that without them it is LoRA. It cannot be merged into the map. It keeps no
+    past by itself: decode within `streaming`, which takes the padding of a batch, too. After the abstract of "More
+    Than Catastrophic Forgetting", 2024, arXiv 2405.17830; the form is ours.
 
     Args:
         base: the map to adapt; it is frozen.
@@ -108,9 +110,9 @@ class AttentionLoRA(nn.Module):
         """The map and its adapter.
 
         Raises:
-            ValueError: an input without tokens, keys that do not fit.
+            ValueError: an input that is not ``(B, N, d_in)``, keys that do not fit.
         """
-        if x.dim() != 3:
+        if x.dim() != 3 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must be (B, N, {self.in_features}): the adapter attends; it was {tuple(x.shape)}")
         z = self.down(self.dropout(x))
         if self.where == "output":
@@ -152,6 +154,14 @@ class AttentionLoRA(nn.Module):
             "an adapter that attends cannot be merged into a linear map; keep it, or remove_adapters(model)"
         )
 
+    def unmerge(self) -> nn.Linear:
+        """Refused, as `merge`.
+
+        Raises:
+            TypeError: always.
+        """
+        return self.merge()
+
     def extra_repr(self) -> str:
         return f"rank={self.rank}, num_heads={self.num_heads}, alpha={self.alpha}, where={self.where!r}"
 
@@ -168,7 +178,8 @@ def add_adapters(model: nn.Module, targets: Iterable[str] = ("q_proj", "v_proj")
         The names of the adapted maps.
 
     Raises:
-        ValueError: a target that names no linear map of the model, or options that do not fit; nothing is changed.
+        ValueError: a target that names no linear map of the model, options that do not fit, a model that has adapters.
+            No map is exchanged then.
 
     >>> from glocal.nn import Attention
     >>> layer = Attention(16, 2)
@@ -178,25 +189,30 @@ def add_adapters(model: nn.Module, targets: Iterable[str] = ("q_proj", "v_proj")
     352
     """
     wanted = tuple(targets)
+    if any(adapters(model)):
+        raise ValueError("model has adapters already; name all targets at once, or remove_adapters(model) first")
     found = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.split(".")[-1] in wanted]
     missing = [target for target in wanted if all(name.split(".")[-1] != target for name in found)]
     if missing:
         raise ValueError(f"targets must name linear maps of the model; it has no {', '.join(missing)}")
-    made = {}
-    for name in found:
-        base = model.get_submodule(name)
-        assert isinstance(base, nn.Linear)
-        made[name] = AttentionLoRA(base, **options)  # type: ignore[arg-type]
-    model.requires_grad_(False)
-    for name, adapter in made.items():
-        model.set_submodule(name, adapter.train(model.training))
+
+    def adapted(name: str, base: nn.Linear) -> AttentionLoRA | None:
+        return AttentionLoRA(base, **options).train(model.training) if name in found else None  # type: ignore[arg-type]
+
+    replace_layers(model, adapted, nn.Linear)
+    learned = {id(p) for _, adapter in adapters(model) for p in adapter.parameters() if p.requires_grad}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in learned)
     return found
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Put the frozen maps back; they can be trained again."""
-    for name, adapter in list(adapters(model)):
-        model.set_submodule(name, adapter.base)
+    """Put the maps back; all of the model can be trained again, what was frozen before included.
+
+    Raises:
+        ValueError: a model without adapters.
+    """
+    replace_layers(model, lambda name, adapter: adapter.base, AttentionLoRA)
     model.requires_grad_(True)
 
 
@@ -215,6 +231,9 @@ def streaming(model: nn.Module, keys: Bool[Tensor, "B N"] | None = None) -> Iter
 
         with streaming(model, inputs["attention_mask"].bool()):
             model.generate(**inputs)
+
+    One sequence a row from first to last: what reorders or drops a cache's rows or tokens (beams, assisted generation)
+    does not reach the adapters.
 
     Args:
         model: with adapters.

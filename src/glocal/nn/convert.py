@@ -1,12 +1,15 @@
-"""An attention layer made from another one: its settings and its weights."""
+"""Layers made from others, with their settings and weights, and layers put in the place of others."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
+
+from torch import nn
 
 from glocal.nn.frame import Attention
 
-__all__ = ["made_from", "plain", "settings_of"]
+__all__ = ["made_from", "plain", "replace_layers", "settings_of"]
 
 A = TypeVar("A", bound=Attention)
 
@@ -58,3 +61,37 @@ def plain(layer: Attention) -> Attention:
     if type(layer) is not Attention:
         raise ValueError(f"layer must be plain Attention; it was {type(layer).__name__}")
     return layer
+
+
+def replace_layers(
+    model: nn.Module,
+    make: Callable[[str, Any], nn.Module | None],
+    kind: type[nn.Module] | tuple[type[nn.Module], ...] = Attention,
+) -> list[str]:
+    """Exchange layers of a model, in place.
+
+    Args:
+        model: holds the layers.
+        make: given a layer's name and the layer, what comes in its place; None keeps it, as cross-attention is kept.
+        kind: of the layers.
+
+    Returns:
+        The names of those that were exchanged.
+
+    Raises:
+        ValueError: the model has no layer of that kind, or is one itself.
+
+    >>> from glocal.nn import MLP, Attention, Block, DeltaConv
+    >>> block = Block(8, Attention(8, 2), MLP(8, 8))
+    >>> replace_layers(block, lambda name, layer: DeltaConv(layer.dim, 3)), type(block.attention).__name__
+    (['attention'], 'DeltaConv')
+    """
+    there = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kind)]
+    if not there or there[0][1] is model:
+        wanted = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(f"model must contain layers of kind {wanted}; it was a {type(model).__name__} without")
+    made = {name: new for name, layer in there if (new := make(name, layer)) is not None}
+    for name, new in made.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, new)
+    return list(made)

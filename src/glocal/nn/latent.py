@@ -35,7 +35,8 @@ class LatentAttention(Attention):
         absorb: take one form always; where None, a query alone (decoding) is absorbed and others are not.
 
     Raises:
-        ValueError: a size below 1, groups that do not divide, or what `Attention` refuses.
+        ValueError: a size below 1, groups that do not divide, another mechanism's `make` or `share`, or what
+            `Attention` refuses.
 
     >>> import torch
     >>> from glocal.nn import LatentAttention, Rope
@@ -66,6 +67,11 @@ class LatentAttention(Attention):
                 raise ValueError(
                     f"{name} is not for latents, which have num_groups and a norm; it was {options[name]!r}"
                 )
+        if type(self).make is not Attention.make or type(self).share is not Attention.share:
+            raise ValueError(
+                f"{type(self).__name__} combines latents with a mechanism that acts on keys and values of each head, "
+                f"which latents do not make before they attend"
+            )
         if num_groups < 1 or num_heads % num_groups:
             raise ValueError(f"num_groups must divide num_heads {num_heads}; it was {num_groups}")
         super().__init__(dim, num_heads, **(options | {"num_kv_heads": num_groups}))

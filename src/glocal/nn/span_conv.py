@@ -94,8 +94,8 @@ class SpanConvAttention(Attention):
                 raise ValueError(f"{name} must be None, as heads of both kinds share dim; it was {options[name]}")
         if not options.get("project", True):
             raise ValueError("project must be True for SpanConvAttention, whose kernels are made of projected queries")
-        settings: dict[str, Any] = {"qkv_bias": True, "out_bias": True} | options
-        super().__init__(dim, num_heads // 2, head_dim=dim // num_heads, **settings)
+        settings: dict[str, Any] = {"qkv_bias": True, "out_bias": True} | options | {"head_dim": dim // num_heads}
+        super().__init__(dim, num_heads // 2, **settings)
         self.kernel_size, self.mask_conv = kernel_size, mask_conv
         inner, bias = dim // 2, settings["qkv_bias"]
         self.depthwise = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)

@@ -39,6 +39,8 @@ class Embeddings(nn.Module):
                 f"tokens must be (B, N) with N at most max_length {self.position.num_embeddings}; it was "
                 f"{tuple(tokens.shape)}"
             )
+        if types is not None and types.shape != tokens.shape:
+            raise ValueError(f"types must be {tuple(tokens.shape)}, as tokens; it was {tuple(types.shape)}")
         at = torch.arange(tokens.shape[1], device=tokens.device)
         kind = self.token_type(torch.zeros_like(at) if types is None else types)
         return cast(Tensor, self.drop(self.norm(self.word(tokens) + self.position(at) + kind)))

@@ -1,18 +1,23 @@
 """Do convolutions instead of half of the heads lower the loss with fewer parameters, and let the others look farther?
 
-    python benchmarks/proofs/_s058_convbert.py [--seeds 2] [--steps 1200]
+    python benchmarks/proofs/s058_convbert.py [--seeds 2] [--steps 1200]
 
 Masked bytes of the standard library's source, 15 of 100, in ConvBERT's encoder of two layers of 96 channels: 4 heads
-that attend, against 2 that attend and 2 convolutions over 9 bytes. 16 pieces of 96 bytes a step at 1e-3, warmed up and
+that attend, against 2 that attend and 2 convolutions over 9 bytes. 16 pieces of 64 bytes a step at 3e-3, warmed up and
 lowered by a cosine. Nats a masked byte of unseen modules, parameters of the attention layers, and how many bytes away
 attention looks: the mean of |i - j| by weight over queries, heads and layers, without masking. Jiang et al., 2020,
 arXiv 2008.02496.
+
+Heads of both kinds of model have rotary positions, besides the learned ones of ConvBERT. With those alone attention
+learns nothing in this time: at 1e-3 and 96 bytes it stays even over all keys, 30 bytes away, at 3.14 nats, which is
+how often each byte occurs, while the mixed model reaches 2.15, and there is no distance to compare.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +27,10 @@ from glocal.bench.bytes import library_source
 from glocal.inspect import record_heads
 from glocal.models.language.convbert import ConvBERT, init_bert
 from glocal.models.language.electra import MaskedTokens
-from glocal.nn import Attention
+from glocal.nn import Attention, Rope
 from glocal.papers.verdict import verdict
 
-DIM, HEADS, LAYERS, LENGTH, BATCH, RATE, SHARE, MASK = 96, 4, 2, 96, 16, 1e-3, 0.15, 256
+DIM, HEADS, LAYERS, LENGTH, BATCH, RATE, SHARE, MASK = 96, 4, 2, 64, 16, 3e-3, 0.15, 256
 
 
 def pieces(text: Tensor, starts: Tensor) -> Tensor:
@@ -76,9 +81,10 @@ def main() -> None:
         for name, each in found.items():
             torch.manual_seed(seed)
             encoder = ConvBERT(257, DIM, depth=LAYERS, num_heads=HEADS, max_length=LENGTH, dropout=0.0)
-            if name == "attention":
-                for block in encoder.blocks:
+            for block in encoder.blocks:
+                if name == "attention":
                     block.attention = Attention(DIM, HEADS, qkv_bias=True, out_bias=True).apply(init_bert)
+                cast(Attention, block.attention).rope = Rope()
             count[name] = sum(p.numel() for block in encoder.blocks for p in block.attention.parameters())
             model = MaskedTokens(encoder)
             train(model, options.steps, seed)

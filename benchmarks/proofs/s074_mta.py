@@ -1,6 +1,6 @@
 """Does attention find the block that has two given letters at once when scores of neighbours are convolved?
 
-    python benchmarks/proofs/_s074_mta.py [--seeds 1] [--steps 3000]
+    python benchmarks/proofs/s074_mta.py [--seeds 1] [--steps 3000]
 
 Six blocks of three of twelve letters, with separators, then two letters that only one block has both of: the answer is
 that block. Two layers of 64 channels and 2 heads, kernels of 2 queries and 5 keys on scores alone, against the same
