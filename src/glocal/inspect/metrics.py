@@ -27,7 +27,10 @@ __all__ = [
 ]
 
 Metric = Callable[[Tile], Tensor]
-"""Of some rows of a layer's attention, a number of each query and head, ``(B, H, R)``, or more, ``(B, H, R, ...)``."""
+"""Of some rows of a layer's attention, a number of each query and head, ``(B, H, R)``, or more, ``(B, H, R, ...)``.
+
+NaN for queries that do not count.
+"""
 
 
 @torch.no_grad()
@@ -62,17 +65,15 @@ def measure(record: Record, metrics: Iterable[str] | Mapping[str, Metric]) -> di
     rows: dict[str, list[Tensor]] = {name: [] for name in metrics}
     for layer in record:
         sums: dict[str, Tensor] = {}
-        count = torch.zeros((), dtype=torch.float64)
         for tile in layer.tiles():
             asks = tile.asks
-            count = count.to(asks.device) + asks.double().sum((0, 2))
             for name, metric in metrics.items():
                 value = metric(tile).double()
-                counts = asks.view(*asks.shape, *(1,) * (value.dim() - 3))
-                total = value.masked_fill(~counts, 0).sum((0, 2))
+                counts = asks.view(*asks.shape, *(1,) * (value.dim() - 3)) & ~value.isnan()
+                total = torch.stack([value.masked_fill(~counts, 0), counts.double()]).sum((1, 3))
                 sums[name] = sums[name] + total if name in sums else total
-        for name, total in sums.items():  # 0 / 0 is the NaN of heads that nobody asked
-            rows[name].append(total / count.view(-1, *(1,) * (total.dim() - 1)))
+        for name, (total, count) in sums.items():  # 0 / 0 is the NaN of heads that nobody asked
+            rows[name].append(total / count)
     return {name: _together(parts) for name, parts in rows.items()}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from glocal.attention import attend
 from glocal.hf.rows import product
+from glocal.inspect.modes import evaluating
 from glocal.inspect.places import Operator, Place, intercept
 from glocal.inspect.store import Store, read
 from glocal.kernels.common import offset_index
@@ -299,11 +300,9 @@ def record(
         if name not in KEEP:
             raise ValueError(f"keep must be of {', '.join(KEEP)}; it had {name!r}")
     given, named = _arguments(model, inputs)
-    modes = [(module, module.training) for module in model.modules()]
     recorder = _Recorder(keep, limit, None if folder is None else Path(folder), named)
     try:
-        model.eval()
-        with ExitStack() as stack:
+        with evaluating(model), ExitStack() as stack:
             places = stack.enter_context(intercept(model, recorder.operator))
             recorder.choose(places, layers)
             if "residual" in keep or "norms" in keep:
@@ -312,9 +311,6 @@ def record(
     except BaseException:
         recorder.discard()
         raise
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return recorder.result()
 
 
@@ -429,7 +425,7 @@ class _Recorder:
     def watch_blocks(self, model: nn.Module, places: Sequence[Place], stack: ExitStack) -> None:
         """Keep the stream before and after the blocks that hold the layers."""
         for place in places:
-            self.blocks.setdefault(_block(place.name), []).append(place.name)
+            self.blocks.setdefault(block_of(place.name), []).append(place.name)
         for path, names in self.blocks.items():
             block = model.get_submodule(path)
 
@@ -485,10 +481,10 @@ class _Recorder:
         return found
 
 
-def _block(path: str) -> str:
+def block_of(path: str) -> str:
     """The block that an attention module is in: up to the last number in its path, or what holds it.
 
-    >>> _block("encoder.layer.3.attention.self"), _block("attention")
+    >>> block_of("encoder.layer.3.attention.self"), block_of("attention")
     ('encoder.layer.3', '')
     """
     parts = path.split(".")

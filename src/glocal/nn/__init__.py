@@ -22,6 +22,7 @@ from glocal.nn.efficient import EfficientAttention, context_maps, efficient_atte
 from glocal.nn.factorised import FactorizedAttention
 from glocal.nn.frame import USES, Attention, Call
 from glocal.nn.gaussian import GaussianAdaptiveAttention, GaussianBlock, importance_factor
+from glocal.nn.graph_attention import GraphAttention, cosine_edges, edge_softmax
 from glocal.nn.grouped_linear import GroupedLinear
 from glocal.nn.head_embedding import HeadEmbeddingAttention
 from glocal.nn.heavy import HeavyHitterAttention
@@ -76,6 +77,7 @@ from glocal.nn.rope import Rope
 from glocal.nn.score_functions import SCORE_FUNCTIONS, ScoreFunction, entmax15, score_function, sparsemax
 from glocal.nn.shifted import ShiftedSparseAttention
 from glocal.nn.span_conv import SpanConvAttention, dynamic_conv
+from glocal.nn.sparse_activation import TopKActivation, insert_top_k
 from glocal.nn.ss2d import SS2D, CrossScan
 from glocal.nn.strip import StripAttention
 from glocal.nn.taylor import FastmaxAttention, fastmax, taylor_features
@@ -126,6 +128,7 @@ __all__ = [
     "GatedGELU",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
+    "GraphAttention",
     "GroupedLinear",
     "HeadEmbeddingAttention",
     "HeavyHitterAttention",
@@ -174,6 +177,7 @@ __all__ = [
     "StripAttention",
     "SuperAttention",
     "SwiGLU",
+    "TopKActivation",
     "UnidirectionalBlockAttention",
     "UniformHeadAttention",
     "adapters",
@@ -190,7 +194,9 @@ __all__ = [
     "clamped_linear_attend",
     "context_maps",
     "conv_attend",
+    "cosine_edges",
     "dynamic_conv",
+    "edge_softmax",
     "efficient_attention",
     "entmax15",
     "expanding_attention",
@@ -201,6 +207,7 @@ __all__ = [
     "hopfield_retrieve",
     "importance_factor",
     "insert_broadcast",
+    "insert_top_k",
     "linear_alignment",
     "log_marginal",
     "low_rank_attention",
