@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from glocal.inspect.modes import evaluating
 from glocal.inspect.recording import Record
 
 __all__ = ["gradient_times_input", "rollout"]
@@ -42,17 +44,28 @@ def rollout(record: Record, query: Tensor | int = -1, residual: float = 0.5) -> 
     count = record[0].queries
     if any(layer.cross or layer.queries != count or layer.keys != count for layer in record):
         raise ValueError("record must be of self-attention over one sequence; it has layers over other keys")
-    batch = len(record[0].q)
-    place = torch.as_tensor(query, device=record[0].q.device).expand(batch)
-    if not bool(((-count <= place) & (place < count)).all()):
-        raise ValueError(f"query must be one of {count} tokens; it was {query}")
-    row = nn.functional.one_hot(place % count, count).to(record[0].lse.dtype)
+    row = start_row(query, record[0].lse[:, 0])
     for layer in reversed(record.layers):
-        mixed = torch.zeros_like(row)
-        for tile in layer.tiles():
-            mixed += torch.einsum("br,brk->bk", row[:, tile.rows], tile.weights.mean(1).to(row.dtype))
+        mixed = pulled(row, ((tile.rows, tile.weights.mean(1)) for tile in layer.tiles()))
         row = residual * row + (1 - residual) * mixed
     return row
+
+
+def start_row(query: Tensor | int, like: Tensor) -> Tensor:
+    """Ones at the queries, zeros elsewhere, of the shape ``(B, N)`` and the kind of ``like``."""
+    count = like.shape[1]
+    place = torch.as_tensor(query, device=like.device).expand(len(like))
+    if not bool(((-count <= place) & (place < count)).all()):
+        raise ValueError(f"query must be one of {count} tokens; it was {query}")
+    return nn.functional.one_hot(place % count, count).to(like.dtype)
+
+
+def pulled(row: Tensor, tiles: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """A row ``(B, N)`` times a matrix that comes a few rows ``(B, R, N)`` at a time, with their places."""
+    found = torch.zeros_like(row)
+    for rows, part in tiles:
+        found += torch.einsum("br,brk->bk", row[:, rows], part.to(row.dtype))
+    return found
 
 
 def gradient_times_input(model: nn.Module, inputs: Mapping[str, Any], objective: Callable[[Any], Tensor]) -> Tensor:
@@ -80,14 +93,12 @@ def gradient_times_input(model: nn.Module, inputs: Mapping[str, Any], objective:
         kept.append(out.detach().requires_grad_())
         return kept[-1]
 
-    modes = [(module, module.training) for module in model.modules()]
-    hook: Any = None
     named = dict(inputs)
-    try:
-        model.eval()
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
         if "input_ids" in named:
             embeddings: Any = model
-            hook = embeddings.get_input_embeddings().register_forward_hook(leaf)
+            stack.callback(embeddings.get_input_embeddings().register_forward_hook(leaf).remove)
         elif "pixel_values" in named:
             kept.append(named["pixel_values"].detach().requires_grad_())
             named["pixel_values"] = kept[0]
@@ -95,10 +106,5 @@ def gradient_times_input(model: nn.Module, inputs: Mapping[str, Any], objective:
             raise ValueError(f"inputs must hold input_ids or pixel_values; they held {', '.join(named) or 'nothing'}")
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(objective(model(**named)), kept[:1])
-    finally:
-        if hook is not None:
-            hook.remove()
-        for module, mode in modes:
-            module.training = mode
     product = (kept[0] * gradient).detach()
     return product.norm(dim=-1) if "input_ids" in inputs else product.sum(1)
