@@ -331,7 +331,12 @@ def tables(result: Result) -> tuple[Table, ...]:
             Table(
                 "Time of a layer, 64 channels in 4 heads, forward",
                 ("mechanism", *(f"{n:,}" for n in lengths), "efficiency length", "fits"),
-                ("", *(f"at {n:,} tokens" for n in lengths), note, "share of the variance that the two curves explain"),
+                (
+                    "a layer of glocal.nn",
+                    *("a pass over so many tokens" for _ in lengths),
+                    note,
+                    "share of the variance that the two curves explain",
+                ),
                 cost,
             )
         )
@@ -347,17 +352,20 @@ def _met(row: Row) -> tuple[str, str]:
 
 def headline(result: Result) -> str:
     """One sentence."""
-    did = {name: value for name, value in result.index().items() if value == value}
-    if not did:
+    index, most = result.index(), max((len(row.scores) for row in result.rows), default=0)
+    if not most:
         return "No mechanism has a use for these tasks."
-    best = max(did, key=lambda name: did[name])
+    # An index over fewer tasks, perhaps the easier ones, does not compare.
+    did = [row.mechanism for row in result.rows if len(row.scores) == most]
+    best = max(did, key=lambda name: index[name])
+    parts = [f"of the {len(did)} that did {most} tasks, {best} is best (index {index[best]:+.2f})"]
     met = [row for row in result.rows if row.efficiency is not None and row.efficiency.length is not None]
-    parts = [f"{best} is best over the tasks that it has a use for ({did[best]:+.2f} z)"]
     if met:
         first = min(met, key=lambda row: row.efficiency.length or 0.0 if row.efficiency else 0.0)
         assert first.efficiency is not None and first.efficiency.length is not None
         parts.append(f"{first.mechanism} is cheaper than plain attention from {first.efficiency.length:,.0f} tokens on")
-    return f"{'; '.join(parts)}."
+    found = "; ".join(parts)
+    return f"{found[0].upper()}{found[1:]}."
 
 
 def missing(result: Result) -> Sequence[tuple[str, str, str]]:

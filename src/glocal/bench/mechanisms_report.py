@@ -14,7 +14,6 @@ __all__ = ["render"]
 
 def render(result: Result) -> str:
     """The report, as text of an HTML file: no script, no address outside the page, all text escaped."""
-    index = {name: value for name, value in result.index().items() if value == value}
     scores, *cost = tables(result)
     return page(
         "mechanisms.html.j2",
@@ -24,7 +23,7 @@ def render(result: Result) -> str:
         scores=scores,
         cost=cost[0] if cost else None,
         texts=("mechanism", "uses"),
-        best=max(index, key=lambda name: index[name]) if index else None,
+        best=None,
         numbers=colored([row.mechanism for row in result.rows]),
         curves=_curves(result),
         missing=missing(result),
