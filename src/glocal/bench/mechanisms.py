@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import time as clock
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -246,15 +246,17 @@ def _task(row: Row, mechanism: Mechanism, task: Task, settings: Settings, step: 
         torch.manual_seed(seed)
         try:
             model = Reader(task, settings.length, make, grid=mechanism.grid(settings.length))
-            train(
-                model, task, settings.length, settings.steps, seed=seed,
-                step=lambda n, seed=seed: step(done + seed * settings.steps + n, total),
-            )  # fmt: skip
+            before = done + seed * settings.steps
+            train(model, task, settings.length, settings.steps, seed=seed, step=partial(_tell, step, before, total))
             scores.append(evaluate(model, task, settings.length))
         except ValueError as error:
             row.why[task.name] = str(error)
             return
     row.scores[task.name] = sum(scores) / len(scores)
+
+
+def _tell(step: Callable[[int, int], None], before: int, total: int, n: int) -> None:
+    step(before + n, total)
 
 
 def _times(result: Result, chosen: dict[str, Mechanism], step: Step) -> None:

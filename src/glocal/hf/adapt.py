@@ -148,8 +148,9 @@ class Adapted:
         if layer is None and frame is None:
             assert not isinstance(chosen, Mechanism)
             keep, backend = (True, "auto") if handle is None else (handle.own_window, handle.backend)
-            settings: dict[str, Any] = {"where": chosen, "own_window": keep, "backend": backend, "operator": self.operator(module)}
-            return attention(module, query, key, value, mask, **settings, **options)
+            settings: dict[str, Any] = {"where": chosen, "own_window": keep, "backend": backend}
+            operator = self.operator(module)
+            return attention(module, query, key, value, mask, operator=operator, **settings, **options)
         states = None if handle is None else handle._inputs.pop(id(module), None)
         return (handle or self)._mix(
             module, query, key, value, mask, layer, frame, chosen, states, adapted=handle is not None, **options

@@ -127,7 +127,8 @@ from glocal.inspect.rank import (
     random_projection_heads,
     weigh_heads,
 )
-from glocal.inspect.recording import LayerRecord, Record, Tile, record
+from glocal.inspect.recorder import KEEP, record
+from glocal.inspect.recording import LayerRecord, Record, Tile
 from glocal.inspect.rings import class_map, patch_distance, patch_entropy, ring_mass, ring_strength
 from glocal.inspect.saccades import (
     FIXATION_REPORT,
@@ -161,6 +162,7 @@ __all__ = [
     "ATTRIBUTIONS",
     "FIXATION_REPORT",
     "HEAD_FUNCTIONS",
+    "KEEP",
     "METRICS",
     "SACCADE_TABLE",
     "STAGES",

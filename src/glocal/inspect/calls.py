@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glocal.inspect.recording import LayerRecord, record
+from glocal.inspect.recorder import record
+from glocal.inspect.recording import LayerRecord
 from glocal.nn import Attention
 from glocal.shapes import Bool, Float
 

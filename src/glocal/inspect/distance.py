@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from glocal.attention import attend
-from glocal.inspect.recording import LayerRecord, record
+from glocal.inspect.recorder import record
+from glocal.inspect.recording import LayerRecord
 from glocal.patterns import Full, Pattern
 from glocal.shapes import Float
 

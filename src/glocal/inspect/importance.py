@@ -15,7 +15,7 @@ from glocal.attention import attend
 from glocal.inspect.heads import edit_heads
 from glocal.inspect.modes import evaluating
 from glocal.inspect.places import Operator, Place, intercept
-from glocal.inspect.recording import _real
+from glocal.inspect.recording import real_queries
 from glocal.patterns import Full, Pattern, parse
 
 __all__ = ["HeadAblation", "Heads", "head_ablation", "head_importance", "masked_heads", "prune_order", "pruning_curve"]
@@ -112,7 +112,7 @@ def head_importance(
             gate = _gate(gone.get(numbers[place.name], set()), out, False).requires_grad_()
             out = out * gate
             pattern = parse(where) if isinstance(where, str) else where
-            calls.append((place.name, out, _real(pattern, out.shape[2], place.cross)))
+            calls.append((place.name, out, real_queries(pattern, out.shape[2], place.cross)))
             return (out.view_as(plain), *found[1:]) if isinstance(found, tuple) else out.view_as(plain)
 
         return compute

@@ -12,7 +12,8 @@ from glocal.inspect.heads import edit_heads
 from glocal.inspect.importance import Heads
 from glocal.inspect.modes import evaluating
 from glocal.inspect.projections import HeadWeights, head_weights
-from glocal.inspect.recording import Record, block_of, record
+from glocal.inspect.recorder import record
+from glocal.inspect.recording import Record, block_of
 
 __all__ = [
     "Edit",
