@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from glocal.bench import decoder, encoder, vlm
 from glocal.bench import folder as folder_of
 from glocal.bench.run import Interrupted, Step, short
 from glocal.bench.text import from_library
-from glocal.inspect import METRICS, Record, Tile, edit_heads, gradient_times_input, measure, record, rollout
+from glocal.inspect import METRICS, Record, Tile, gradient_times_input, masked_heads, measure, record, rollout
 
 __all__ = ["Inspection", "Settings", "Subject", "inspect_model"]
 
@@ -196,25 +195,15 @@ def _prune(result: Inspection, step: Step) -> None:
     result.loss = base
     for n, (layer, head) in enumerate(places):
         step("trying the model without each head", n, len(places))
-        with _without(subject, {(layer, head)}):
+        with masked_heads(subject.model, [(layer, head)]):
             cost[layer, head] = subject.loss(whole)[0] - base
-    order = sorted(map(tuple, places), key=lambda at: float(cost[at]))
+    order = sorted(((layer, head) for layer, head in places), key=lambda at: float(cost[at]))
     shares = sorted({round(len(order) * tenth / 10) for tenth in range(10)})
     for n, count in enumerate(shares):
         step("trying the model without more and more heads", n, len(shares))
-        with _without(subject, set(order[:count])):
+        with masked_heads(subject.model, order[:count]):
             result.pruned.append((count / len(order), subject.loss(whole)[0]))
     result.metrics["cost"] = cost
-
-
-@contextmanager
-def _without(subject: Subject, heads: set[tuple[int, int]]) -> Iterator[None]:
-    def edit(layer: int, out: Tensor) -> Tensor:
-        gone = [head for head in range(out.shape[1]) if (layer, head) in heads]
-        return out.index_fill(1, torch.tensor(gone, device=out.device), 0) if gone else out
-
-    with edit_heads(subject.model, edit):
-        yield
 
 
 def _maps(found: Record, heads: int) -> tuple[list[Tensor], int]:
