@@ -72,6 +72,7 @@ def test_an_encoder_and_a_picture(tmp_path):
     assert encoder.subject.labels[:3] == ["[CLS]", "the", "cat"]
     assert len(encoder.layers) == 6 and encoder.maps[0].shape == (12, 9, 9)
     assert float(encoder.attributions["attention rollout"].sum()) == pytest.approx(1)
+    assert bool((encoder.attributions["GlobEnc"] > 0).all())
     path = tmp_path / "picture.png"
     Image.new("RGB", (50, 40), (200, 30, 30)).save(path)
     picture = inspect_model(Settings("scenes", str(path), pruning=False))

@@ -22,6 +22,8 @@ def test_rollout_is_a_row_of_the_product(monkeypatch):
     several = torch.tensor([2, -1, 5])
     torch.testing.assert_close(rollout(found, several, residual=0.3), whole[torch.arange(3), several])
     torch.testing.assert_close(rollout(found).sum(-1), torch.ones(3).double())
+    shares = torch.rand(3, found[0].queries).double()
+    torch.testing.assert_close(rollout(found, shares, residual=0.3), torch.einsum("bq,bqk->bk", shares, whole))
 
 
 def test_gradient_times_input_is_a_derivative():
@@ -61,6 +63,8 @@ def test_bad_input():
         rollout(found, residual=2)
     with pytest.raises(ValueError, match="query must be one of 21 tokens; it was 21"):
         rollout(found, 21)
+    with pytest.raises(ValueError, match=r"query of floats must be \(3, 21\); it was \(3,\)"):
+        rollout(found, torch.ones(3))
     with pytest.raises(ValueError, match="other keys"):
         rollout(record(Attention(8, 2), (torch.randn(1, 3, 8), torch.randn(1, 6, 8))))
     with pytest.raises(ValueError, match="input_ids or pixel_values; they held labels"):

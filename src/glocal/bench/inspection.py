@@ -15,7 +15,18 @@ from glocal.bench import decoder, encoder, vlm
 from glocal.bench import folder as folder_of
 from glocal.bench.run import Interrupted, Step, short
 from glocal.bench.text import from_library
-from glocal.inspect import METRICS, Record, Tile, gradient_times_input, masked_heads, measure, record, rollout
+from glocal.inspect import (
+    METRICS,
+    Record,
+    Tile,
+    attribution_rollout,
+    gradient_times_input,
+    layer_attributions,
+    masked_heads,
+    measure,
+    record,
+    rollout,
+)
 
 __all__ = ["Inspection", "Settings", "Subject", "inspect_model"]
 
@@ -235,10 +246,17 @@ def _attributions(subject: Subject, found: Record) -> dict[str, Tensor]:
     gradient = gradient_times_input(subject.model, subject.inputs, subject.objective)[0]
     if subject.grid is not None:
         gradient = _patches(gradient, subject.grid, len(subject.labels))
-    # An embedding is a mean over tokens, so its rollout is the mean of theirs; the next token is the last one's.
-    places = [-1] if subject.kind == "causal" else range(len(subject.labels))
-    rolled = torch.stack([rollout(found, query)[0] for query in places]).mean(0)
-    return {"gradient x input": gradient.double(), "attention rollout": rolled.double()}
+    count = len(subject.labels)
+    # An embedding is the mean of all states; the next token is said by the last one.
+    query: Tensor | int = -1 if subject.kind == "causal" else torch.full((1, count), 1 / count)
+    result = {"gradient x input": gradient.double(), "attention rollout": rollout(found, query)[0].double()}
+    if subject.kind == "encoder":
+        try:
+            layers = layer_attributions(subject.model, subject.inputs)
+        except ValueError:  # no post-norm blocks
+            return result
+        result["GlobEnc"] = attribution_rollout(layers, query)[0]
+    return result
 
 
 def _patches(pixels: Tensor, grid: tuple[int, int], tokens: int) -> Tensor:

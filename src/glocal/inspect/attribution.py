@@ -25,7 +25,8 @@ def rollout(record: Record, query: Tensor | int = -1, residual: float = 0.5) -> 
 
     Args:
         record: with attention, of self-attention over one sequence.
-        query: whose, one for all rows of the batch or ``(B,)``; negative ones from the end.
+        query: whose, one for all rows of the batch or integers ``(B,)``, negative ones from the end; or what each
+            state counts for, floats ``(B, N)``, for pooled states.
         residual: what of a state passes by attention.
 
     Returns:
@@ -52,7 +53,11 @@ def rollout(record: Record, query: Tensor | int = -1, residual: float = 0.5) -> 
 
 
 def start_row(query: Tensor | int, like: Tensor) -> Tensor:
-    """Ones at the queries, zeros elsewhere, of the shape ``(B, N)`` and the kind of ``like``."""
+    """Ones at the queries, zeros elsewhere, of the shape ``(B, N)`` and the kind of ``like``; or floats as given."""
+    if isinstance(query, Tensor) and query.is_floating_point():
+        if query.shape != like.shape:
+            raise ValueError(f"query of floats must be {tuple(like.shape)}; it was {tuple(query.shape)}")
+        return query.to(like)
     count = like.shape[1]
     place = torch.as_tensor(query, device=like.device).expand(len(like))
     if not bool(((-count <= place) & (place < count)).all()):

@@ -143,12 +143,7 @@ def attribution_rollout(layers: Sequence[LayerAttribution], query: Tensor | int 
 def _start(layers: Sequence[LayerAttribution], query: Tensor | int) -> Tensor:
     if not layers:
         raise ValueError("layers must hold at least one layer; it was empty")
-    like = layers[0].summed[..., 0]
-    if isinstance(query, Tensor) and query.is_floating_point():
-        if query.shape != like.shape:
-            raise ValueError(f"query of floats must be {tuple(like.shape)}; it was {tuple(query.shape)}")
-        return query.to(like)
-    return start_row(query, like)
+    return start_row(query, layers[0].summed[..., 0])
 
 
 @torch.no_grad()
