@@ -143,10 +143,11 @@ def main() -> None:
     floor = deception_report(blind, ids, labels, hidden, anonymous=ANONYMOUS).anonymised
     print(f"trained without the word: {floor:.3f}; base rate {reports[0.0].base_rate:.3f}")
     told: dict[tuple[float, bool], dict[str, float]] = {}
+    kept: dict[tuple[float, bool], float] = {}
     for barrier in (False, True):
         for strength in (0.0, 1.0):
             right, found = audit(bert(strength, barrier, arguments.steps), barrier)
-            told[strength, barrier] = found
+            told[strength, barrier], kept[strength, barrier] = found, right
             name = f"BERT, strength {strength:.0f}, " + ("barrier" if barrier else "no barrier")
             print(
                 f"{name:<30} accuracy {right:.3f}; " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()), flush=True
@@ -158,14 +159,15 @@ def main() -> None:
         and mass[0] >= 10 * mass[1]
         and floor <= 0.6
     )
-    deceived = ", ".join(f"{name} {share:.2f}" for name, share in told[1.0, True].items())
+    deceived = ", ".join(f"{name} {share:.3g}" for name, share in told[1.0, True].items())
     verdict(
         "deceptive-attention",
         f"mass on the word {' / '.join(f'{m:.3f}' for m in mass)} at strength 0 / 0.1 / 1, accuracy at least "
         f"{min(each.accuracy for each in reports.values()):.3f}, weight zeroed at most "
         f"{max(each.zeroed for each in reports.values()):.3f}, word replaced at most "
         f"{max(floor, *(each.anonymised for each in reports.values())):.3f}; the gradient gives the word "
-        f"{shares[1.0]:.2f} at strength 1; in BERT behind the barrier at strength 1 the word has: {deceived}",
+        f"{shares[1.0]:.2f} at strength 1; in BERT behind the barrier at strength 1, accuracy {kept[1.0, True]:.3f}, "
+        f"the word has: {deceived}",
         good,
     )
 

@@ -62,9 +62,14 @@ def gated(model, batch, gates, loss=lm_loss):
 @pytest.mark.parametrize("pad", [None, 4])
 @pytest.mark.parametrize("level", ["token", "example", "batch"])
 def test_against_gates_by_hooks(level, pad):
+    """The loss reads padding too, so that its queries have gradients, which must not count."""
     model, batch = bert(), inputs("bert", pad=pad)
+
+    def loss(model, batch):
+        return model(**batch).logits.square().mean()
+
     gates = [torch.ones(3, 21, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    slopes = torch.stack(torch.autograd.grad(gated(model, batch, gates), gates))  # (layers, B, N, H)
+    slopes = torch.stack(torch.autograd.grad(gated(model, batch, gates, loss), gates))  # (layers, B, N, H)
     real = batch.get("attention_mask", torch.ones(3, 21))
     slopes = slopes * real[None, :, :, None]
     wanted = {
@@ -72,10 +77,10 @@ def test_against_gates_by_hooks(level, pad):
         "example": slopes.sum(2).abs().mean(1),
         "batch": slopes.sum((1, 2)).abs(),
     }[level]
-    torch.testing.assert_close(head_importance(model, [batch], lm_loss, abs_level=level, **RAW), wanted)
-    scaled = head_importance(model, [batch], lm_loss, abs_level=level)
+    torch.testing.assert_close(head_importance(model, [batch], loss, abs_level=level, **RAW), wanted)
+    scaled = head_importance(model, [batch], loss, abs_level=level)
     torch.testing.assert_close(scaled, wanted / wanted.norm(dim=1, keepdim=True))
-    last = head_importance(model, [batch], lm_loss, abs_level=level, last_by_example=True, **RAW)
+    last = head_importance(model, [batch], loss, abs_level=level, last_by_example=True, **RAW)
     factor = real.sum() / 3 if level == "token" else 1
     torch.testing.assert_close(last, wanted * torch.tensor([[1.0], [factor]]))
 

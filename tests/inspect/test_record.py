@@ -299,3 +299,20 @@ def test_the_shipped_model():
     model = byte_llama()
     ids = torch.randint(3, 259, (1, 40))
     assert_same_maps(record(model, {"input_ids": ids}), eager(model, {"input_ids": ids}).attentions)
+
+
+def test_layers_have_the_numbers_of_their_order():
+    """Also where some layers of a model run a mechanism: each is given its own number, and not that of another."""
+    torch.manual_seed(0)
+    model, batch = build("llama").eval(), inputs("llama")
+    with adapt(model, {0: "moh(shared_heads=2, top_k=2)"}):
+        seen = {}
+
+        def note(number, heads):
+            seen[len(seen)] = number
+            return heads
+
+        with edit_heads(model, note) as places, torch.no_grad():
+            model(**batch)
+        assert list(seen.values()) == list(range(len(places)))
+        assert record(model, batch).names == [place.name for place in places]

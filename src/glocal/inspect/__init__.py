@@ -1,5 +1,6 @@
 """Reading a layer or a model: what reaches what, and how it can be used."""
 
+from glocal.inspect.ablation import HeadAblation, head_ablation
 from glocal.inspect.attribution import gradient_times_input, rollout
 from glocal.inspect.calls import HeadCall, layer_call, record_heads
 from glocal.inspect.contributions import ATTRIBUTIONS, LayerAttribution
@@ -58,8 +59,6 @@ from glocal.inspect.human import (
 )
 from glocal.inspect.image_heads import ImageHeads, image_heads
 from glocal.inspect.importance import (
-    HeadAblation,
-    head_ablation,
     head_importance,
     masked_heads,
     prune_order,

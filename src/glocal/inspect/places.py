@@ -59,15 +59,22 @@ def intercept(model: nn.Module, make: Callable[[Place], Operator]) -> Iterator[l
     """
     with ExitStack() as stack:
         ours = [Place(n, m) for n, m in model.named_modules() if isinstance(m, Attention) and _is_softmax(m)]
-        places = list(ours) if ours else _open(model, make, stack)
-        frames = [place for place in places if isinstance(place.module, Attention)]
-        for place in frames:
-            _take(place, make, stack)
+        top = None if ours else _adaptation(model, stack)
+        places = _of_transformers(model) if top is not None else ours
         if not places:
             raise ValueError(
                 f"model must have layers of softmax attention, of transformers or glocal.nn; {type(model).__name__} "
                 "has none"
             )
+        operators: dict[int, Operator] = {}
+        for place in places:  # in their order, by which who makes them may number them
+            if isinstance(place.module, Attention):
+                _take(place, make(place), stack)
+            else:
+                operators[id(place.module)] = make(place)
+        if top is not None:
+            stack.callback(setattr, top, "operator", top.operator)
+            top.operator = lambda module: operators.get(id(module), attend)
         yield places
 
 
@@ -75,14 +82,18 @@ def _is_softmax(layer: Attention) -> bool:
     return type(layer).mix is Attention.mix
 
 
-def _take(place: Place, make: Callable[[Place], Operator], stack: ExitStack) -> None:
+def _take(place: Place, operator: Operator, stack: ExitStack) -> None:
     """Put an operator into a layer of `glocal.nn`."""
     layer = place.module
-    before = vars(layer).get("operator")
-    vars(layer)["operator"] = make(place)
-    stack.callback(vars(layer).__setitem__, "operator", before) if before else stack.callback(
-        vars(layer).pop, "operator", None
-    )
+    before = vars(layer).pop("operator", None)
+    vars(layer)["operator"] = operator
+
+    def restore() -> None:
+        del vars(layer)["operator"]
+        if before is not None:
+            vars(layer)["operator"] = before
+
+    stack.callback(restore)
 
     def note(module: nn.Module, given: tuple[Any, ...], more: dict[str, Any]) -> None:
         context = more.get("context") if len(given) < 2 else given[1]
@@ -91,32 +102,27 @@ def _take(place: Place, make: Callable[[Place], Operator], stack: ExitStack) -> 
     stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
 
 
-def _open(model: nn.Module, make: Callable[[Place], Operator], stack: ExitStack) -> list[Place]:
-    """Put operators into a model of transformers: through what adapts it, or an adaptation that changes nothing."""
+def _adaptation(model: nn.Module, stack: ExitStack) -> Any:
+    """What adapts a model of transformers, or an adaptation that changes nothing; None for other models."""
     try:
         from transformers import PreTrainedModel
     except ImportError:
-        return []
+        return None
     if not isinstance(model, PreTrainedModel):
-        return []
+        return None
     from glocal.hf.adapt import adapt
     from glocal.hf.cache import STACK
-    from glocal.hf.install import attention_modules, crosses
 
     if "_glocal_steering" in vars(model):
         raise ValueError("model is being steered (glocal.steer): leave that block first")
-    top = vars(model)[STACK][-1] if vars(model).get(STACK) else stack.enter_context(adapt(model))
+    return vars(model)[STACK][-1] if vars(model).get(STACK) else stack.enter_context(adapt(model))
+
+
+def _of_transformers(model: nn.Module) -> list[Place]:
+    """Layers by path; where a mechanism is in a layer's place, its own frame if that is softmax."""
+    from glocal.hf.cache import STACK
+    from glocal.hf.install import attention_modules, crosses
+
     frames = {path: frame for handle in vars(model)[STACK] for path, frame in handle.frames.items()}
-    places, operators = [], {}
-    for path, module in attention_modules(model).items():
-        frame = frames.get(path)
-        if frame is None:
-            place = Place(path, module, crosses(path))
-            operators[id(module)] = make(place)
-            places.append(place)
-        elif _is_softmax(frame):
-            places.append(Place(path, frame))
-    before = top.operator
-    top.operator = lambda module: operators.get(id(module), attend)
-    stack.callback(setattr, top, "operator", before)
-    return places
+    found = [Place(path, frames.get(path, module), crosses(path)) for path, module in attention_modules(model).items()]
+    return [place for place in found if not isinstance(place.module, Attention) or _is_softmax(place.module)]
