@@ -128,3 +128,24 @@ def test_bad_input(tmp_path):
             inspect_model(Settings(*given))
     with pytest.raises(ValueError, match="tokens must be from 2"):
         Settings(tokens=1)
+
+
+def test_a_folder_of_an_image_model(tmp_path):
+    from transformers import CLIPImageProcessor, ViTConfig, ViTModel
+
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37)
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(**sizes, image_size=16, patch_size=4)).save_pretrained(tmp_path)
+    size = {"height": 16, "width": 16}
+    CLIPImageProcessor(size=size, crop_size=size).save_pretrained(tmp_path)
+    found = inspect_model(Settings(str(tmp_path), pruning=True))
+    assert found.subject.kind == "image" and found.subject.grid == (4, 4) and found.maps[0].shape == (4, 17, 17)
+    assert set(found.metrics) == {"distance", "entropy", "local", "sink", "cost"}
+    assert found.pruned[-1][1] > found.pruned[0][1] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_folder_of_a_language_model():
+    from glocal.hf import byte_llama_folder
+
+    found = inspect_model(Settings(str(byte_llama_folder()), "a = 1", pruning=False))
+    assert found.subject.kind == "causal" and found.subject.labels == list("a = 1")
