@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from glocal.bench.mechanisms import DEFAULT, Result, Settings, compare_mechanisms, headline, tables
-from glocal.bench.run import Interrupted
+from glocal.bench.run import Step
 from glocal.bench.tasks import TASKS
-from glocal.cli.output import print_table, progress, writable, write
+from glocal.cli.output import deliver, measured, print_tables
 
 __all__ = ["bench"]
 
@@ -43,36 +41,19 @@ def bench(
     The tasks need the four uses of attention; a mechanism that has not a use leaves them out.
     """
     errors = Console(stderr=True)
-    try:
-        for option, path in (("--report", report), ("--json", json_file)):
-            writable(option, path)
-        sizes = _lengths(lengths)
-        settings = Settings(tuple(mechanism or DEFAULT), tuple(task or TASKS), length, steps, seeds, sizes)
-        with progress(errors) as step:
-            result = compare_mechanisms(settings, step)
-    except Interrupted as stop:
-        _print(stop.partial)
-        errors.print("Interrupted: this is what had been measured; no file was touched.")
-        raise typer.Exit(130) from None
-    except (ValueError, TypeError) as error:
-        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
-    _print(result)
-    if json_file is not None:
-        write(json_file, json.dumps(result.to_dict(), indent=1) + "\n")
-    if report is not None:
+
+    def work(step: Step) -> Result:
+        chosen = tuple(mechanism or DEFAULT), tuple(task or TASKS)
+        return compare_mechanisms(Settings(*chosen, length, steps, seeds, _lengths(lengths)), step)
+
+    def page() -> str:
         from glocal.bench.mechanisms_report import render
 
-        write(report, render(result))
-        errors.print(f"Report: {escape(str(report))}")
+        return render(result)
 
-
-def _print(result: Result) -> None:
-    # Into a file or a pipe, a row stays on one line.
-    console = Console() if Console().is_terminal else Console(width=160)
-    for table in tables(result):
-        print_table(console, table)
-    console.print(escape(headline(result)), soft_wrap=True)
+    files = {"--report": report, "--json": json_file}
+    result = measured(errors, files, work, lambda found: print_tables(tables(found), headline(found)))
+    deliver(errors, json_file, result.to_dict, report, page)
 
 
 def _lengths(value: str) -> tuple[int, ...]:

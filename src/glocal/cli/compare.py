@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from glocal.bench.jobs import Job, choose
-from glocal.bench.run import Interrupted
-from glocal.cli.output import print_table, progress, writable, write
+from glocal.bench.run import Step
+from glocal.cli.output import deliver, measured, print_tables
 
 
 def compare(
@@ -60,39 +58,34 @@ def compare(
     memory, measured.
     """
     errors = Console(stderr=True)
-    try:
+    jobs: list[Job] = []
+
+    def work(step: Step) -> Any:
         sizes = _lengths(lengths)
         if threads is not None and threads < 1:
             raise ValueError(f"--threads must be at least 1; it was {threads}")
-        for option, path in (("--report", report), ("--json", json_file)):
-            writable(option, path)
-        job = choose(model)
-        settings = job.settings(
+        jobs.append(choose(model))
+        settings = jobs[0].settings(
             input=input,
             where=tuple(where or ()),
             passages=passages,
             lengths=sizes,
             quick=quick,
             **({"model": model} if model is not None else {}),
-            **_policies(job, cache),
+            **_policies(jobs[0], cache),
         )
-        with _threads(threads), progress(errors) as step:
-            result = job.measure(settings, step)
-    except Interrupted as stop:
-        _print(job, stop.partial)
-        errors.print("Interrupted: this is what had been measured; no file was touched.")
-        raise typer.Exit(130) from None
-    except (ValueError, TypeError) as error:
-        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
-    _print(job, result)
-    if json_file is not None:
-        tables = [{"header": t.header, "rows": t.rows} for t in job.tables(result)]
-        data = result.to_dict() | {"headline": job.headline(result), "tables": tables}
-        write(json_file, json.dumps(data, indent=1) + "\n")
-    if report is not None:
-        write(report, job.render(result))
-        errors.print(f"Report: {escape(str(report))}")
+        with _threads(threads):
+            return jobs[0].measure(settings, step)
+
+    def data() -> Any:
+        found = [{"header": t.header, "rows": t.rows} for t in jobs[0].tables(result)]
+        return result.to_dict() | {"headline": jobs[0].headline(result), "tables": found}
+
+    def show(found: Any) -> None:
+        print_tables(jobs[0].tables(found), jobs[0].headline(found) if found.rows else "")
+
+    result = measured(errors, {"--report": report, "--json": json_file}, work, show)
+    deliver(errors, json_file, data, report, lambda: jobs[0].render(result))
 
 
 def _policies(job: Job, cache: list[str] | None) -> dict[str, tuple[str, ...]]:
@@ -102,16 +95,6 @@ def _policies(job: Job, cache: list[str] | None) -> dict[str, tuple[str, ...]]:
     if not job.caches:
         raise ValueError("--cache is for causal language models; an encoder has no cache")
     return {"cache": tuple(cache)}
-
-
-def _print(job: Job, result: Any) -> None:
-    # Into a file or a pipe, a row stays on one line.
-    console = Console() if Console().is_terminal else Console(width=160)
-    for table in job.tables(result):
-        if table.rows:
-            print_table(console, table)
-    if result.rows:
-        console.print(escape(job.headline(result)), soft_wrap=True)
 
 
 @contextlib.contextmanager

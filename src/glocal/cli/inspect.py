@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from glocal.bench.inspection import Inspection, Settings, inspect_model
-from glocal.bench.run import Interrupted
-from glocal.cli.output import print_table, progress, writable, write
+from glocal.bench.run import Step
+from glocal.cli.output import deliver, measured, print_tables
 
 __all__ = ["inspect"]
 
@@ -43,33 +41,21 @@ def inspect(
     Attention is computed as the model computes it; the report shows the map of any head over the tokens or patches.
     """
     errors = Console(stderr=True)
-    try:
-        for option, path in (("--report", report), ("--json", json_file)):
-            writable(option, path)
-        with progress(errors) as step:
-            result = inspect_model(Settings(model, input, tokens, pruning), step)
-    except Interrupted as stop:
-        _print(stop.partial)
-        errors.print("Interrupted: this is what had been measured; no file was touched.")
-        raise typer.Exit(130) from None
-    except (ValueError, TypeError) as error:
-        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
-    _print(result)
-    if json_file is not None:
-        write(json_file, json.dumps(result.to_dict(), indent=1) + "\n")
-    if report is not None:
+
+    def work(step: Step) -> Inspection:
+        return inspect_model(Settings(model, input, tokens, pruning), step)
+
+    def page() -> str:
         from glocal.bench.inspection_report import render
 
-        write(report, render(result))
-        errors.print(f"Report: {escape(str(report))}")
+        return render(result)
+
+    files = {"--report": report, "--json": json_file}
+    result = measured(errors, files, work, _print)
+    deliver(errors, json_file, result.to_dict, report, page)
 
 
 def _print(result: Inspection) -> None:
     from glocal.bench.inspection_report import headline, tables
 
-    # Into a file or a pipe, a row stays on one line.
-    console = Console() if Console().is_terminal else Console(width=160)
-    for table in tables(result):
-        print_table(console, table)
-    console.print(escape(headline(result)), soft_wrap=True)
+    print_tables(tables(result), headline(result))
