@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +11,9 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from glocal.bench import steered, steered_table
-from glocal.bench.run import Interrupted
 from glocal.bench.vlm import SCENES, load, read_picture
 from glocal.bench.ways import PLAIN, WAYS
-from glocal.cli.output import print_table, progress, writable, write
+from glocal.cli.output import deliver, measured, print_tables, writable
 
 _METHODS = ", ".join(name for name in WAYS if name != PLAIN)
 
@@ -93,29 +91,16 @@ def _say(question: str, name: str, asked: steered.Asked) -> None:
 
 def _evaluate(settings: steered.Settings, report: Path | None, json_file: Path | None, errors: Console) -> None:
     vlm = load(settings.model)
-    try:
-        with progress(errors) as step:
-            result = steered.evaluate(vlm, settings, step)
-            page = ""
-            if report is not None:
-                from glocal.bench.steered_report import pictured, render
 
-                page = render(result, pictured(vlm, result))
-    except Interrupted as stop:
-        _print(stop.partial)
-        errors.print("Interrupted: this is what had been measured; no file was touched.")
-        raise typer.Exit(130) from None
-    _print(result)
-    if json_file is not None:
-        write(json_file, json.dumps(result.to_dict(), indent=1) + "\n")
-    if report is not None:
-        write(report, page)
-        errors.print(f"Report: {escape(str(report))}")
+    def page() -> str:
+        from glocal.bench.steered_report import pictured, render
+
+        return render(result, pictured(vlm, result))
+
+    files = {"--report": report, "--json": json_file}
+    result = measured(errors, files, lambda step: steered.evaluate(vlm, settings, step), _print)
+    deliver(errors, json_file, result.to_dict, report, page)
 
 
 def _print(result: steered.Evaluation) -> None:
-    console = Console() if Console().is_terminal else Console(width=160)
-    for table in steered_table.tables(result):
-        if table.rows:
-            print_table(console, table)
-    console.print(escape(steered_table.headline(result)), soft_wrap=True)
+    print_tables(steered_table.tables(result), steered_table.headline(result))
