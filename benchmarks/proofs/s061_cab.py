@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from glocal.bench.cab import efficiency_length
-from glocal.bench.mechanisms import Settings, compare_mechanisms
+from glocal.bench.mechanisms import Settings, cheaper_from, compare_mechanisms
 from glocal.papers.verdict import verdict
 
 LENGTHS, HEADS, DIM, BLOCK = (64, 128, 256, 512, 1024, 2048, 4096), 4, 32, 32
@@ -74,9 +74,7 @@ def main() -> None:
         result = compare_mechanisms(Settings(("all",), (), lengths=(256, 512, 1024, 2048)))
         print("\n| mechanism | 2,048 tokens, ms | efficiency length | fits |\n| --- | ---: | ---: | --- |")
         for row in result.rows[1:]:
-            at = row.efficiency
-            met = "none" if at is None or at.length is None else f"{at.length:,.0f}"
-            fits = "" if at is None else f"{at.vanilla:.3f}, {at.method:.3f}"
+            met, fits = cheaper_from(row, result.rows[0])
             print(f"| {row.mechanism} | {1e3 * row.seconds.get(2048, float('nan')):.1f} | {met} | {fits} |", flush=True)
     length = found.length
     holds = (

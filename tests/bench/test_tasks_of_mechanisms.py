@@ -5,7 +5,8 @@ import torch
 
 from glocal.bench import tasks
 from glocal.bench.bytes import library_source
-from glocal.bench.mechanisms import Settings, compare_mechanisms, headline, kinds, missing, tables
+from glocal.bench.cab import Efficiency
+from glocal.bench.mechanisms import Row, Settings, cheaper_from, compare_mechanisms, headline, kinds, missing, tables
 from glocal.bench.mechanisms_report import render
 from glocal.bench.run import Interrupted
 from glocal.bench.tasks import TASKS, Reader, evaluate, train
@@ -94,6 +95,17 @@ def test_tables_and_page(result):
     assert scores.rows[0][7] == "NS CS NC CC" and len(cost.rows) == 3
     text = render(result)
     assert "SlidingWindowAttention(window=8)" in text and "<script" not in text and headline(result)[:20] in text
+
+
+def test_cheaper_from_which_length():
+    def row(name, seconds, length=None):
+        return Row(name, 1.0, (), seconds=seconds, efficiency=Efficiency(length, 1.0, 0.5))
+
+    full = Row("Attention", 1.0, (), seconds={1: 1.0, 2: 4.0})
+    assert cheaper_from(full, full) == ("-", "-")
+    assert cheaper_from(row("a", {1: 2.0, 2: 3.0}, 1234.6), full) == ("1,235", "1.000, 0.500")
+    assert cheaper_from(row("b", {1: 0.5, 2: 0.6}), full)[0] == "any"
+    assert cheaper_from(row("c", {1: 5.0, 2: 6.0}), full)[0] == "-"
 
 
 def test_same_items_and_same_seed_give_the_same():

@@ -21,7 +21,7 @@ from glocal.hf.mechanism import parse_call
 from glocal.inspect import verify
 from glocal.nn import USES, Attention
 
-__all__ = ["DEFAULT", "Result", "Row", "Settings", "compare_mechanisms", "headline", "kinds", "tables"]
+__all__ = ["DEFAULT", "Result", "Row", "Settings", "cheaper_from", "compare_mechanisms", "headline", "kinds", "tables"]
 
 DEFAULT = (
     "Attention",
@@ -324,11 +324,13 @@ def tables(result: Result) -> tuple[Table, ...]:
     found = [Table(title, header, legend, rows)]
     lengths = sorted({n for row in result.rows for n in row.seconds})
     if lengths:
+        full = result.rows[0]
         cost = tuple(
-            (row.mechanism, *(time(row.seconds[n]) if n in row.seconds else "-" for n in lengths), *_met(row))
+            (row.mechanism, *(time(row.seconds[n]) if n in row.seconds else "-" for n in lengths), *met)
             for row in result.rows
+            for met in [cheaper_from(row, full)]
         )
-        note = "where its time, a line, cuts that of plain attention, a parabola; - where they do not meet"
+        note = "where its time, a line, cuts that of plain attention, a parabola; any: cheaper at each length; -: never"
         found.append(
             Table(
                 "Time of a layer, 64 channels in 4 heads, forward",
@@ -345,10 +347,17 @@ def tables(result: Result) -> tuple[Table, ...]:
     return tuple(found)
 
 
-def _met(row: Row) -> tuple[str, str]:
+def cheaper_from(row: Row, full: Row) -> tuple[str, str]:
+    """The length from which a mechanism is cheaper than plain attention, and what the two fits explain, as text.
+
+    ``any`` where it is cheaper at each length that was timed and the fits do not meet, ``-`` where it never is.
+    """
     if row.efficiency is None:
         return "-", "-"
-    length = "-" if row.efficiency.length is None else f"{row.efficiency.length:,.0f}"
+    if row.efficiency.length is not None:
+        length = f"{row.efficiency.length:,.0f}"
+    else:
+        length = "any" if all(row.seconds[n] < full.seconds[n] for n in row.seconds) else "-"
     return length, f"{row.efficiency.vanilla:.3f}, {row.efficiency.method:.3f}"
 
 
