@@ -6,8 +6,9 @@ Square mazes of 6 x 6 cells in two trees: does a way lead from the start to the 
 cell (four passages, start, target, drawn), the stem a 3 x 3 convolution, then 2 layers of 48 channels with a class
 token. The inductive model learns to fill the cells one step further, whether it is done and, where it is, the answer;
 half of its frames are its own after a fifth of the training; the pixels' error counts 10 times. On 500 new mazes it
-draws up to 40 frames by itself. The model without a scratchpad gets as many steps of as many mazes. Lotfi et al., 2024,
-arXiv 2410.08165.
+draws up to 40 frames by itself. The model without a scratchpad gets as many steps of as many mazes. With the pixels'
+error counted once, mazes of 5 x 5 reached 0.57 in as many steps: so it counts 10 times. Lotfi et al., 2024, arXiv
+2410.08165.
 """
 
 from __future__ import annotations

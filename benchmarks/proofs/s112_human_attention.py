@@ -7,9 +7,10 @@ each), over 120 lines of unseen modules; words are what white space parts. Relia
 between words that itself, the previous word and the first one explain, of both models and of the larger one with 0.8 of
 its attention replaced by the mean of these patterns. Readers are generated: 40 of them, whose saccades are drawn from
 10 times 0.4 previous + 0.2 first + 0.4 overlap of pairs of letters, whose rows sum to 1 as the others' do, where a
-word shares any. Resemblance: R2 of their saccades on four heads
-that attend by that overlap, each with its own noise, against the same numbers shuffled within each word's row; then
-once more of what trivial patterns leave of both. Gao et al., 2023, arXiv 2310.19084.
+word shares any (in a first run they did not: rows of the overlap summed to 0.05, so that readers hardly followed it,
+and resemblance was 0.079 against 0.033). Resemblance: R2 of their saccades on four heads that attend by that overlap,
+each with its own noise, against the same numbers shuffled within each word's row; then once more of what trivial
+patterns leave of both. Gao et al., 2023, arXiv 2310.19084.
 """
 
 from __future__ import annotations

@@ -206,5 +206,7 @@ def test_bad_input():
         tiny("single").roll_out(inputs("none"), settle)
     with pytest.raises(ValueError, match="cap must be from 0, and below frames 4 with 'multi'; it was 4"):
         tiny("multi").roll_out(inputs("none"), settle, cap=4)
+    with pytest.raises(ValueError, match=r"x must be frames of tokens, \(B, T, N, 48\); it was \(1, 5, 48\)"):
+        tiny("multi").blocks[0].attention(torch.rand(1, 5, 48))
     with pytest.raises(ValueError, match="target must be given for models that draw"):
         scratchpad_loss(tiny("single")(inputs("none")), torch.tensor([0, 1]))

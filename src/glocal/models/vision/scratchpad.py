@@ -40,6 +40,8 @@ class FrameCausalAttention(Attention):
 
     def where(self, q: Tensor, k: Tensor, call: Call) -> Pattern:
         """As the class says."""
+        if call.x.dim() != 4:
+            raise ValueError(f"x must be frames of tokens, (B, T, N, {self.dim}); it was {tuple(call.x.shape)}")
         frames, tokens = k.shape[2:4]
         return Sliding((frames, tokens), (0, tokens))
 
