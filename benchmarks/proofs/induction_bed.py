@@ -2,7 +2,8 @@
 
 Two layers of attention and nothing else: 4 heads of 16, 64 channels, norms before them, learned positions. Sequences
 are 48 of 24 symbols and repeat with a period of 6 to 23. Training takes a few minutes; weights are kept in
-``build/beds``.
+``build/beds``. The loss is that of every next token. A model trained on those of the repeats alone was tried first:
+S068's claim failed on it too (without its top head the loss rose by 0.093, without its lowest by 0.069).
 """
 
 from __future__ import annotations
