@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import pytest
 import torch
 from torch import nn
 
@@ -100,3 +101,31 @@ def random_circuit(vocab=8, length=10, heads=3):
     for each in model.parameters():
         torch.nn.init.normal_(each, std=0.5)
     return model
+
+
+def transformer_lens():
+    """The package, where a version with hooked transformers is there."""
+    lens = pytest.importorskip(
+        "transformer_lens", reason="transformer_lens brings too many packages to be a test extra"
+    )
+    if not hasattr(lens, "HookedTransformer"):
+        pytest.skip("this transformer_lens has no HookedTransformer; version 2 has")
+    return lens
+
+
+def copy_from_lens(model, peer):
+    """Weights of a model of that package."""
+    with torch.no_grad():
+        model.embed.weight[:], model.place.weight[:] = peer.W_E, peer.W_pos[:16]
+        model.head.weight[:] = peer.W_U.T
+        for layer, block in zip(model.layers, peer.blocks, strict=True):
+            attention, theirs = layer.attention, block.attn
+            layer.norm1.weight[:], layer.norm1.bias[:] = block.ln1.w, block.ln1.b
+            layer.norm1.eps = peer.cfg.eps
+            for mine, w, b in (
+                (attention.q_proj, theirs.W_Q, theirs.b_Q),
+                (attention.k_proj, theirs.W_K, theirs.b_K),
+                (attention.v_proj, theirs.W_V, theirs.b_V),
+            ):
+                mine.weight[:], mine.bias[:] = w.movedim(1, 2).flatten(0, 1), b.flatten()
+            attention.o_proj.weight[:], attention.o_proj.bias[:] = theirs.W_O.flatten(0, 1).T, theirs.b_O

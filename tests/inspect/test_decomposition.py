@@ -23,7 +23,16 @@ from glocal.inspect import (
 )
 from glocal.nn import Attention
 from tests.hf.models import build, inputs
-from tests.inspect.circuits import INDUCTION, PREVIOUS, Layer, planted, random_circuit, repeated
+from tests.inspect.circuits import (
+    INDUCTION,
+    PREVIOUS,
+    Layer,
+    copy_from_lens,
+    planted,
+    random_circuit,
+    repeated,
+    transformer_lens,
+)
 
 KEEP = ["attention", "outputs", "residual"]
 
@@ -234,13 +243,7 @@ def test_edits_of_the_stream():
 
 def test_against_transformer_lens():
     """Scores before the softmax, and what each head writes, with its weights folded and centred."""
-    lens = pytest.importorskip(
-        "transformer_lens", reason="transformer_lens brings too many packages to be a test extra"
-    )
-    if not hasattr(lens, "HookedTransformer"):
-        pytest.skip("this transformer_lens has no HookedTransformer; version 2 has")
-    from tests.inspect.test_detectors import copy_from_lens
-
+    lens = transformer_lens()
     torch.manual_seed(0)
     settings = {"n_layers": 2, "d_model": 12, "n_ctx": 10, "d_head": 4, "n_heads": 3, "d_vocab": 8, "attn_only": True}
     peer = lens.HookedTransformer(lens.HookedTransformerConfig(**settings, normalization_type="LN", seed=0))

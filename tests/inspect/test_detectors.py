@@ -21,7 +21,18 @@ from glocal.inspect import (
     retrieval_score,
 )
 from glocal.nn import Attention
-from tests.inspect.circuits import DUPLICATE, INDUCTION, PREVIOUS, RARE, RARE_WORD, Circuit, planted, repeated
+from tests.inspect.circuits import (
+    DUPLICATE,
+    INDUCTION,
+    PREVIOUS,
+    RARE,
+    RARE_WORD,
+    Circuit,
+    copy_from_lens,
+    planted,
+    repeated,
+    transformer_lens,
+)
 
 
 def random_circuit(length=16):
@@ -187,11 +198,7 @@ def test_negative_attention():
 
 def test_against_transformer_lens():
     """Its detectors on its own random model, of what this library's record holds of the same weights."""
-    lens = pytest.importorskip(
-        "transformer_lens", reason="transformer_lens brings too many packages to be a test extra"
-    )
-    if not hasattr(lens, "HookedTransformer"):
-        pytest.skip("this transformer_lens has no HookedTransformer; version 2 has")
+    lens = transformer_lens()
     torch.manual_seed(0)
     settings = {"n_layers": 2, "d_model": 12, "n_ctx": 17, "d_head": 4, "n_heads": 3, "d_vocab": 8, "attn_only": True}
     peer = lens.HookedTransformer(lens.HookedTransformerConfig(**settings, normalization_type="LN", seed=0))
@@ -213,23 +220,6 @@ def test_against_transformer_lens():
         counted = sum(bool([j for j in KEYS[kind](tokens[0].tolist(), i) if j <= i]) for i in range(16))
         theirs = lens.head_detector.detect_head(peer, "", name, error_measure="mul")
         torch.testing.assert_close(detect(found, [kind])[kind].float() * counted / 16, theirs, atol=1e-5, rtol=1e-4)
-
-
-def copy_from_lens(model, peer):
-    with torch.no_grad():
-        model.embed.weight[:], model.place.weight[:] = peer.W_E, peer.W_pos[:16]
-        model.head.weight[:] = peer.W_U.T
-        for layer, block in zip(model.layers, peer.blocks, strict=True):
-            attention, theirs = layer.attention, block.attn
-            layer.norm1.weight[:], layer.norm1.bias[:] = block.ln1.w, block.ln1.b
-            layer.norm1.eps = peer.cfg.eps
-            for mine, w, b in (
-                (attention.q_proj, theirs.W_Q, theirs.b_Q),
-                (attention.k_proj, theirs.W_K, theirs.b_K),
-                (attention.v_proj, theirs.W_V, theirs.b_V),
-            ):
-                mine.weight[:], mine.bias[:] = w.movedim(1, 2).flatten(0, 1), b.flatten()
-            attention.o_proj.weight[:], attention.o_proj.bias[:] = theirs.W_O.flatten(0, 1).T, theirs.b_O
 
 
 def test_the_registry():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from glocal.bench.table import Table
-from glocal.inspect.modes import evaluating
+from glocal.nn.modes import evaluating
 from glocal.shapes import Float
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,9 +22,11 @@ from glocal.inspect import (
     Tile,
     attribution_rollout,
     gradient_times_input,
+    head_ablation,
     layer_attributions,
-    masked_heads,
     measure,
+    prune_order,
+    pruning_curve,
     record,
     rollout,
 )
@@ -199,21 +202,25 @@ def inspect_model(settings: Settings, step: Step = lambda what, done, total: Non
 
 def _prune(result: Inspection, step: Step) -> None:
     """The loss without each head, and without more and more of them, cheapest first."""
-    subject, entropy = result.subject, result.metrics["entropy"]
-    places = (~entropy.isnan()).nonzero().tolist()
-    base, whole = subject.loss(None)
-    cost = torch.full_like(entropy, torch.nan)
-    result.loss = base
-    for n, (layer, head) in enumerate(places):
-        step("trying the model without each head", n, len(places))
-        with masked_heads(subject.model, [(layer, head)]):
-            cost[layer, head] = subject.loss(whole)[0] - base
-    order = sorted(((layer, head) for layer, head in places), key=lambda at: float(cost[at]))
-    shares = sorted({round(len(order) * tenth / 10) for tenth in range(10)})
-    for n, count in enumerate(shares):
-        step("trying the model without more and more heads", n, len(shares))
-        with masked_heads(subject.model, order[:count]):
-            result.pruned.append((count / len(order), subject.loss(whole)[0]))
+    subject = result.subject
+    result.loss, whole = subject.loss(None)
+    heads = int((~result.metrics["entropy"].isnan()).sum())
+    shares = sorted({round(heads * tenth / 10) for tenth in range(10)})
+
+    def lost(what: str, total: int) -> Callable[[Any], float]:
+        done = itertools.count()
+
+        def evaluate(model: Any) -> float:
+            step(what, next(done), total)
+            return subject.loss(whole)[0]
+
+        return evaluate
+
+    cost = head_ablation(subject.model, lost("trying the model without each head", heads + 1)).change
+    order = prune_order(cost)
+    evaluate = lost("trying the model without more and more heads", len(shares))
+    curve = pruning_curve(subject.model, order, evaluate, shares)
+    result.pruned = [(count / heads, loss) for count, loss in zip(shares, curve, strict=True)]
     result.metrics["cost"] = cost
 
 

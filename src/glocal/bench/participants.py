@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from glocal.bench.understanding import Item
-from glocal.inspect.modes import evaluating
+from glocal.nn.modes import evaluating
 from glocal.steer.credit import token_log_probs
 
 __all__ = ["LikelihoodParticipant", "Mimic", "RandomParticipant", "Understander"]

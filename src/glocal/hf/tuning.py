@@ -15,6 +15,7 @@ from glocal.hf.adapt import Adapted, adapt
 from glocal.hf.install import attention_modules
 from glocal.hf.mechanism import Mechanism
 from glocal.nn import gate_rate, head_balance
+from glocal.nn.modes import evaluating
 
 __all__ = ["PENALTIES", "final_states", "full_states", "tune"]
 
@@ -151,15 +152,9 @@ def full_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
     Full is what the model itself lets a query see: causality and its own windows stay.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with adapt(model, dict.fromkeys(attention_modules(model), "full()")):
-            inputs = {name: value for name, value in batch.items() if name != "labels"}
-            return final_states(model(**inputs, output_hidden_states=True))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), adapt(model, dict.fromkeys(attention_modules(model), "full()")):
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return final_states(model(**inputs, output_hidden_states=True))
 
 
 def final_states(out: Any) -> Tensor:

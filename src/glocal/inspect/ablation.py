@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from glocal.inspect.heads import edit_heads
 from glocal.inspect.importance import masked_heads
-from glocal.inspect.modes import evaluating
+from glocal.nn.modes import evaluating
 
 __all__ = ["HeadAblation", "head_ablation"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glocal.inspect.modes import evaluating
 from glocal.inspect.recording import Record
+from glocal.nn.modes import evaluating
 
 __all__ = ["gradient_times_input", "rollout"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glocal.inspect.modes import evaluating
+from glocal.nn.modes import evaluating
 from glocal.patterns import Choose, Keys, Pattern
 from glocal.shapes import Bool, Float
 

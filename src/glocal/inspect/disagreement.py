@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glocal.inspect.metrics import Metric
+from glocal.inspect.metrics import Metric, stacked
 from glocal.inspect.recording import Record, Tile
 
 __all__ = ["argmax_offset", "attention_agreement", "head_kl", "output_agreement"]
@@ -71,7 +71,4 @@ def output_agreement(record: Record) -> Tensor:
         each = torch.einsum("bhqd,bgqd->bhq", units, units) / units.shape[1]
         real = torch.ones(each.shape[0], each.shape[2], device=each.device) if layer.real is None else layer.real
         rows.append((each * real[:, None]).sum((0, 2)) / real.sum())
-    found = rows[0].new_full((len(rows), max(map(len, rows))), torch.nan)
-    for number, row in enumerate(rows):
-        found[number, : len(row)] = row
-    return found
+    return stacked(rows)

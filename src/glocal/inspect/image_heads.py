@@ -15,8 +15,8 @@ from torch.nn.functional import cosine_similarity
 from glocal.inspect.divergence import jensen_shannon
 from glocal.inspect.heads import edit_heads
 from glocal.inspect.importance import masked_heads
-from glocal.inspect.modes import evaluating
 from glocal.inspect.recording import block_of
+from glocal.nn.modes import evaluating
 
 __all__ = ["ImageHeads", "image_heads"]
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from glocal.attention import attend
 from glocal.inspect.heads import edit_heads
-from glocal.inspect.modes import evaluating
+from glocal.inspect.metrics import stacked
 from glocal.inspect.places import Operator, Place, intercept
 from glocal.inspect.recording import real_queries
+from glocal.nn.modes import evaluating
 from glocal.patterns import Full, Pattern, parse
 
 __all__ = ["Heads", "head_importance", "masked_heads", "prune_order", "pruning_curve"]
@@ -134,9 +135,7 @@ def head_importance(
         if not seen:
             raise ValueError("batches must hold at least one batch; it was empty")
     rows = [sums[name] / counts[name] if name in sums else torch.empty(0).double() for name in numbers]
-    found = rows[0].new_full((len(rows), max(map(len, rows))), torch.nan)
-    for number, row in enumerate(rows):
-        found[number, : len(row)] = row
+    found = stacked(rows)
     if normalize_by_layer:
         found = found / (found.nan_to_num().square().sum(1, keepdim=True).sqrt() + 1e-20)
     return found

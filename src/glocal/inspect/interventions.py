@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from glocal.inspect.heads import edit_heads
 from glocal.inspect.importance import Heads
-from glocal.inspect.modes import evaluating
 from glocal.inspect.projections import HeadWeights, head_weights
 from glocal.inspect.recorder import record
 from glocal.inspect.recording import Record, block_of
+from glocal.nn.modes import evaluating
 
 __all__ = [
     "Edit",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,10 +74,10 @@ def measure(record: Record, metrics: Iterable[str] | Mapping[str, Metric]) -> di
                 sums[name] = sums[name] + total if name in sums else total
         for name, (total, count) in sums.items():  # 0 / 0 is the NaN of heads that nobody asked
             rows[name].append(total / count)
-    return {name: _together(parts) for name, parts in rows.items()}
+    return {name: stacked(parts) for name, parts in rows.items()}
 
 
-def _together(parts: list[Tensor]) -> Tensor:
+def stacked(parts: Sequence[Tensor]) -> Tensor:
     """Layers as one tensor; NaN for heads, or other places, that a layer has not."""
     sizes = [max(each) for each in zip(*(part.shape for part in parts), strict=True)]
     found = parts[0].new_full((len(parts), *sizes), torch.nan)

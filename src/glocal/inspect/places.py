@@ -112,8 +112,9 @@ def _adaptation(model: nn.Module, stack: ExitStack) -> Any:
         return None
     from glocal.hf.adapt import adapt
     from glocal.hf.cache import STACK
+    from glocal.steer.steering import _KEY
 
-    if "_glocal_steering" in vars(model):
+    if _KEY in vars(model):
         raise ValueError("model is being steered (glocal.steer): leave that block first")
     return vars(model)[STACK][-1] if vars(model).get(STACK) else stack.enter_context(adapt(model))
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from glocal.attention import attend
-from glocal.inspect.modes import evaluating
 from glocal.inspect.places import Operator, Place, intercept
 from glocal.inspect.recording import LayerRecord, Record, block_of, parts_of, read_layer, real_queries
 from glocal.inspect.store import Store
+from glocal.nn.modes import evaluating
 from glocal.patterns import Full, Pattern, parse
 from glocal.scores import Score
 

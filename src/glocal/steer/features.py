@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from glocal.nn.modes import evaluating
 from glocal.progress import shown
 
 __all__ = ["pooled"]
@@ -40,16 +41,11 @@ def pooled(
     if how not in ("auto", "pooler", "first", "mean"):
         raise ValueError(f"how must be 'auto', 'pooler', 'first' or 'mean'; it was {how!r}")
     device, found = next(model.parameters()).device, []
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in shown(batches, progress):
             given = {model.main_input_name: batch} if isinstance(batch, Tensor) else batch
             inputs = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in given.items()}
             found.append(_pool(model(**inputs), inputs.get("attention_mask"), how, type(model).__name__).float())
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if not found:
         raise ValueError("batches must hold at least one; there was none")
     return torch.cat(found)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glocal.nn.modes import evaluating
 from glocal.steer.hooks import Site
 from glocal.steer.method import Method, check_range
 from glocal.steer.spans import prompt_of
@@ -242,14 +243,8 @@ def read_rhythm(
     settings = (response, window, horizon, sinks, real)
     reader = _Reader(model, layers=layers, settings=settings)
     more = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), reader:
-            model(**dict(inputs) | more)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model), torch.no_grad(), reader:
+        model(**dict(inputs) | more)
     numbers = tuple(sorted(reader.numbers))
     return _together(numbers, [reader.sums[n] for n in numbers], share)
 
