@@ -6,7 +6,17 @@ import torch
 from glocal.bench import tasks
 from glocal.bench.bytes import library_source
 from glocal.bench.cab import Efficiency
-from glocal.bench.mechanisms import Row, Settings, cheaper_from, compare_mechanisms, headline, kinds, missing, tables
+from glocal.bench.mechanisms import (
+    Result,
+    Row,
+    Settings,
+    cheaper_from,
+    compare_mechanisms,
+    headline,
+    kinds,
+    missing,
+    tables,
+)
 from glocal.bench.mechanisms_report import render
 from glocal.bench.run import Interrupted
 from glocal.bench.tasks import TASKS, Reader, evaluate, train
@@ -106,6 +116,18 @@ def test_cheaper_from_which_length():
     assert cheaper_from(row("a", {1: 2.0, 2: 3.0}, 1234.6), full) == ("1,235", "1.000, 0.500")
     assert cheaper_from(row("b", {1: 0.5, 2: 0.6}), full)[0] == "any"
     assert cheaper_from(row("c", {1: 5.0, 2: 6.0}), full)[0] == "-"
+
+
+def test_only_those_that_did_the_same_are_ranked():
+    """One task in which it is far ahead does not make a mechanism the best of all."""
+    rows = [
+        Row("Attention", 1.0, (), scores={"recall": 0.6, "lookup": 0.9}),
+        Row("a", 1.0, (), scores={"recall": 0.5, "lookup": 0.5}),
+        Row("b", 1.0, (), scores={"recall": 1.0}),
+    ]
+    found = Result(Settings(tasks=("recall", "lookup"), lengths=()), rows, 1)
+    assert max(found.index(), key=found.index().get) == "b"
+    assert headline(found).startswith("Of the 2 that did 2 tasks, Attention is best")
 
 
 def test_same_items_and_same_seed_give_the_same():
